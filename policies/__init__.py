@@ -1,0 +1,1 @@
+"""The policies that come with gpusup, as YAML files beside this one."""

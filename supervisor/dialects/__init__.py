@@ -1,0 +1,1 @@
+"""How each family of trainers spells its settings, its resume, its progress and its checkpoints."""
