@@ -1,0 +1,1 @@
+"""Example configurations: files of Python assignments for train.py."""

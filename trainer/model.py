@@ -1,0 +1,113 @@
+"""The GPT-2 architecture: learned positions, pre-LayerNorm blocks, GELU, an output head tied to the embedding."""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the name everybody knows it by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What fixes the parameters of a model; a checkpoint fits only a model of the same shape."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int  # longest context, in tokens
+    vocab_size: int
+    bias: bool  # in Linear and LayerNorm
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        self.n_head = shape.n_head
+        self.dropout = dropout
+        self.qkv = nn.Linear(shape.n_embd, 3 * shape.n_embd, bias=shape.bias)
+        self.out = nn.Linear(shape.n_embd, shape.n_embd, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, tokens, n_embd) -> the same."""
+        rows, tokens, width = x.shape
+        heads = self.qkv(x).view(rows, tokens, 3, self.n_head, width // self.n_head)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (rows, n_head, tokens, width / n_head)
+        drop = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=drop, is_causal=True)
+        return cast(Tensor, self.out(mixed.transpose(1, 2).reshape(rows, tokens, width)))
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer perceptron, each behind a LayerNorm and added to the stream."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
+        self.attention = Attention(shape, dropout)
+        self.norm_2 = nn.LayerNorm(shape.n_embd, bias=shape.bias)
+        self.up = nn.Linear(shape.n_embd, 4 * shape.n_embd, bias=shape.bias)
+        self.down = nn.Linear(4 * shape.n_embd, shape.n_embd, bias=shape.bias)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, tokens, n_embd) -> the same."""
+        x = x + self.drop(self.attention(self.norm_1(x)))
+        return x + cast(Tensor, self.drop(self.down(F.gelu(self.up(self.norm_2(x))))))
+
+
+class GPT(nn.Module):
+    """A language model whose forward pass gives the loss."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        self.shape = shape
+        self.tokens = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.positions = nn.Embedding(shape.block_size, shape.n_embd)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.n_layer))
+        self.norm = nn.LayerNorm(shape.n_embd, bias=shape.bias)
+        self.apply(_init)
+        # What a block adds to the stream is scaled down, so that the sum over all blocks starts with unit variance.
+        for name, parameter in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.n_layer))
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Token ids (rows, tokens) -> logits (rows, tokens, vocab_size)."""
+        places = torch.arange(inputs.shape[1], device=inputs.device)
+        x = self.drop(self.tokens(inputs) + self.positions(places))
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.tokens.weight)
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The SUM of the token losses (nats, float32) of int64 ids, both of shape (rows, tokens).
+
+        A sum, because sums of unequal micro-batches add up exactly where means do not. The loss alone, because logits
+        that leave the function keep compiled code from reusing their buffer for their gradient, the largest of all.
+        """
+        logits = self.logits(inputs)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+    def parameter_count(self) -> int:
+        """Number of trainable values; the tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def decay_groups(self, weight_decay: float) -> list[dict[str, object]]:
+        """Parameter groups for AdamW: matrices and embeddings decay, biases and gains do not."""
+        parameters = list(self.parameters())
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
