@@ -204,8 +204,12 @@ class _Scene:
         rooted = raised is not None and raised.group in self.rooted_groups
         if self.asserted and "CUBLAS" in line.text:
             return "no"  # an index out of range, reported late
-        if self.segfaulted and "-9" in line.text:
-            return "no"  # the launcher killed the rest
+        if (
+            wording.kind is DiagnosisKind.HOST_OOM_SUSPECTED
+            and raised is None
+            and (self.segfaulted or self.final is not None)
+        ):
+            return "no"  # a launcher kills the rest of the ranks
         if self.went_on(anchor, 3 if rooted else 2):
             return "no"
         if failure_elsewhere and not wording.native and not (rooted and line.rank is not None):

@@ -263,7 +263,7 @@ WORDINGS: tuple[Wording, ...] = (
 
 _HINT = re.compile(
     r"memory|alloc|killed|oom|bus error|sigkill|-9|abruptly|1455|NOT_SUPPORTED|NVML_SUCCESS|\bshm\b|NOT_INITIALIZED|"
-    r"buffer size|Errno 12|os error 12|WinError 8|memlimit",
+    r"buffer size|Errno 12|os error 12|WinError 8|memlimit|No space left|executable batch",
     re.IGNORECASE,
 )
 
