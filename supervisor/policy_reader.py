@@ -58,7 +58,7 @@ class PolicyReader:
         entries = self._try(as_map, root, "a policy", "{version: 1}")
         if entries is None or not self._version(root.at, entries):
             return None
-        self._known_keys(entries, POLICY_KEYS, "policy")
+        self._known_keys(entries, POLICY_KEYS, "the policy")
         return Policy(
             description=self._get(entries, "description", as_description) or "",
             remediations=self._get(entries, "remediations", self._remediations) or (),
@@ -94,7 +94,7 @@ class PolicyReader:
         entries = self._try(as_map, node, "a remediation", "{step: micro_batch}")
         if entries is None:
             return None
-        self._known_keys(entries, REMEDIATION_KEYS, "remediation")
+        self._known_keys(entries, REMEDIATION_KEYS, "a remediation")
         kind = self._kind(node.at, entries)
         step = self._get(entries, "step", self._step)
         changes = self._get(entries, "set", self._changes)
@@ -214,7 +214,7 @@ class PolicyReader:
     def _known_keys(self, entries: dict[str, Entry], known: Iterable[str], where: str, what: str = "key") -> None:
         for key, entry in entries.items():
             if key not in known:
-                self.problems.append(unknown(entry.key_at, f"{where} {what}", key, known))
+                self.problems.append(unknown(entry.key_at, what, key, known, f" in {where}"))
 
 
 def _default_name(kind: str, changes: Settings) -> str:

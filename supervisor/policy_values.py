@@ -68,10 +68,13 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else ""
 
 
-def unknown(at: At, what: str, word: str, known: Iterable[str]) -> Problem:
+def unknown(at: At, what: str, word: str, known: Iterable[str], where: str = "") -> Problem:
     known = tuple(known)
-    advice = "write a space after the ':'" if ":" in word else f"use one of {listed(known)}"
-    return Problem(at, f"unknown {what} {quote(word)}; {suggestion(word, known) or advice}")
+    if ":" in word.rstrip(":"):  # in braces, `grace:1s` is one word
+        advice = "write a space after the ':'"
+    else:
+        advice = suggestion(word, known) or f"use one of {listed(known)}"
+    return Problem(at, f"unknown {what} {quote(word)}{where}; {advice}")
 
 
 def wrong(node: Node, key: str, wanted: str, advice: str) -> Wrong:
@@ -178,7 +181,7 @@ def _amount(
     try:
         amount = parse(node.text)
     except ValueError as error:
-        raise Wrong(Problem(node.at, f"{key} {quote(node.text)} is {error}")) from None
+        raise Wrong(Problem(node.at, f"{key} {quote(node.text)}: {error}")) from None
     if amount > most:
         raise wrong(node, key, f"at most {limit}", "write less")
     return amount

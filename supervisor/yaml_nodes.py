@@ -102,7 +102,7 @@ def resolve(text: str) -> Plain:
     if _FLOAT.fullmatch(text):
         return float(text)
     if special := _SPECIAL.fullmatch(text):
-        return float(f"{special[1] or ''}{special[2]}")
+        return float("".join(part or "" for part in special.groups()))
     return text
 
 
@@ -118,7 +118,7 @@ _WORDS: dict[str, Plain] = (
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-_SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+_SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|()\.(nan|NaN|NAN)")
 
 # What may not stand in a file, and the line breaks of YAML 1.1, which PyYAML still takes for line breaks: a comment
 # would end at one, and its rest be read as settings.
@@ -269,10 +269,6 @@ def _convert(node: yaml.Node, problems: list[Problem]) -> Node:
     assert isinstance(node, yaml.ScalarNode)
     if node.style is not None:
         return Scalar(at, node.value, node.value, quoted=True)
-    if "\t" in node.value:
-        # PyYAML reads on over a tab, so that `min: 1<tab># comment` would be one text.
-        problems.append(Problem(at, "a tab stands in or after this text; replace it with a space, or quote the text"))
-        return Refused(at)
     return Scalar(at, resolve(node.value), node.value)
 
 
@@ -283,9 +279,9 @@ def _convert_map(node: yaml.MappingNode, problems: list[Problem]) -> Map:
         value = _convert(value_node, problems)
         if isinstance(value, Scalar) and not value.text and not value.quoted:
             value = Scalar(key_at, None, "")  # nothing is written: the key is the place to look at
-        if key_node.tag == _Composer.REFUSED_TAG:
-            continue
         key = key_node.value
+        if key_node.tag == _Composer.REFUSED_TAG and not key:  # an alias; a key with a tag is known without it
+            continue
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append(Problem(key_at, "a key must be a word, not a list or a map; write 'key: value'"))
         elif key == "<<" and key_node.style is None:
