@@ -1,0 +1,317 @@
+"""Watching one attempt: its output, its own reports, its memory and its checkpoints, turned into events.
+
+Everything here is observation; nothing is decided, and what could not be observed makes no event.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from . import host
+from .checkpoints import Checked, Keeper
+from .core.diagnosis import Diagnosis, Evidence, ExitStatus, TrainerFailure, clean_lines, diagnose
+from .core.events import (
+    AnyEvent,
+    AttemptEnded,
+    BudgetApplied,
+    CheckpointSaved,
+    KnobUnavailable,
+    OomDetected,
+    PeakMeasured,
+    Progress,
+    RunCreated,
+    TrainerReported,
+)
+from .dialects.base import Dialect, Seen
+from .process import Ended, TrainerProcess
+from .tail import LineTail, Tail, last_bytes
+
+PROGRESS_EVERY_S = 5.0
+EVIDENCE_BYTES = 256 << 10
+SETTLED_STEPS = 2
+"""A phase counts as completed after its second step: the first may lack the optimizer's state."""
+
+
+class Echo(Struct):
+    """Where the trainer's output is shown."""
+
+    stdout: Callable[[bytes], None]
+    stderr: Callable[[bytes], None]
+
+
+class AttemptWatch:
+    """Follows attempt `n` of `run` in `directory` until it has ended."""
+
+    def __init__(
+        self,
+        run: RunCreated,
+        n: int,
+        directory: Path,
+        process: TrainerProcess,
+        dialect: Dialect,
+        echo: Echo,
+        keeper: Keeper | None,
+        from_step: int,
+    ) -> None:
+        self.run, self.n, self.directory, self.process = run, n, directory, process
+        self._dialect, self._echo, self._keeper = dialect, echo, keeper
+        self._stdout = LineTail(directory / "stdout.log")
+        self._stderr = Tail(directory / "stderr.log")
+        self._reports = LineTail(directory / "events.jsonl")
+        self._budget = LineTail(directory / "budget.jsonl")
+        self._from_step = self._step = from_step
+        self._progress: Progress | None = None
+        self._progress_at = 0.0
+        self._polled_at = 0.0
+        self._failure: TrainerFailure | None = None
+        self._in_use_bytes: int | None = None
+        self._peak_bytes: int | None = None
+        self._reports_itself = False
+        self._oom_kills = host.oom_kills()
+        self.device_peak: Callable[[], int | None] = lambda: None
+
+    def skip_shown(self, parse_bytes: int = 1 << 16) -> None:
+        """After a takeover: old output is not shown again, and only its end is read again for progress."""
+        for tail in (self._stdout, self._stderr):
+            size = tail.path.stat().st_size if tail.path.exists() else 0
+            tail.offset = max(0, size - (parse_bytes if tail is self._stdout else 0))
+
+    # --- while it runs ---
+
+    def observe(self, interesting_step: int | None, final: bool = False) -> Iterator[AnyEvent]:
+        """What is new. `final`: the process is gone, read everything to the end."""
+        self._sample_host()
+        yield from self._read_budget(final)
+        yield from self._read_reports(final)
+        self._read_output(final)
+        now = time.monotonic()
+        if final or now - self._polled_at >= 1.0:
+            self._polled_at = now
+            yield from self._checkpoints(final)
+        pending = self._progress
+        if pending is not None:
+            reached = interesting_step is not None and pending.step >= interesting_step
+            if final or reached or now - self._progress_at >= PROGRESS_EVERY_S:
+                self._progress, self._progress_at = None, now
+                yield pending
+                yield from self._settled_peak(pending)
+
+    def _sample_host(self) -> None:
+        """At 10 Hz; the kernel keeps the maximum, so only the last tenth of a second can be missed."""
+        self._in_use_bytes = host.resident_bytes(self.process.pid) or self._in_use_bytes
+        peak = host.peak_resident_bytes(self.process.pid)
+        if peak is not None:
+            self._peak_bytes = max(peak, self._peak_bytes or 0)
+
+    def _read_budget(self, final: bool) -> Iterator[AnyEvent]:
+        for line in self._new_lines(self._budget, final):
+            report = _object(line)
+            if report.get("pid") != self.process.pid:
+                continue  # a compile worker or a helper of the trainer; each has its own limit
+            where, limit = report["where"], int(report["limit_bytes"])
+            in_force = host.data_limit_bytes(self.process.pid)
+            if where == "host" and in_force is not None and in_force != limit:
+                continue
+            yield BudgetApplied(
+                attempt=self.n, where=where, baseline_bytes=int(report["baseline_bytes"]), limit_bytes=limit
+            )
+
+    def _read_reports(self, final: bool) -> Iterator[AnyEvent]:
+        for line in self._new_lines(self._reports, final):
+            try:
+                yield from self._report(_object(line))
+            except (KeyError, TypeError, ValueError):
+                continue  # a report that does not keep to docs/cooperation.md tells nothing
+
+    def _report(self, report: dict[str, Any]) -> Iterator[AnyEvent]:
+        match report.get("kind"):
+            case "start":
+                self._reports_itself = True
+                yield TrainerReported(
+                    attempt=self.n,
+                    step=int(report["step"]),
+                    target_steps=report.get("target_steps"),
+                    can_save=bool(report.get("can_save")),
+                    global_batch_size=report.get("global_batch_size"),
+                    settings={
+                        k: v for k, v in report.get("settings", {}).items() if isinstance(v, (bool, int, float, str))
+                    },
+                )
+            case "step":
+                self._advance(
+                    Seen(step=int(report["step"]), loss=float(report["loss"]), step_s=float(report["dt_s"])),
+                    report.get("block_size"),
+                )
+            case "peak":
+                where = "device" if report.get("where") == "cuda" else "host"
+                yield PeakMeasured(
+                    attempt=self.n,
+                    phase=str(report["phase"]),
+                    bytes=int(report["bytes"]),
+                    block_size=report.get("block_size"),
+                    where=where,
+                )
+            case "checkpoint":
+                step = int(report["step"])
+                self._step = max(self._step, step)
+                yield CheckpointSaved(
+                    attempt=self.n, step=step, path=str(report["path"]), bytes=int(report.get("bytes", 0))
+                )
+            case "unavailable":
+                yield KnobUnavailable(attempt=self.n, knob=str(report["knob"]), reason=str(report["reason"])[:300])
+            case "failed":
+                self._failure = TrainerFailure(
+                    phase=str(report["phase"]),
+                    step=int(report["step"]),
+                    type=str(report["type"]),
+                    message=str(report["message"]),
+                    block_size=report.get("block_size"),
+                )
+                self._step = max(self._step, int(report["step"]))
+                self._in_use_bytes = report.get("in_use_bytes") or self._in_use_bytes
+                self._peak_bytes = max(int(report.get("peak_bytes") or 0), self._peak_bytes or 0)
+            case "stopped" | "done":
+                self._step = max(self._step, int(report["step"]))
+            case _:
+                pass
+
+    def _read_output(self, final: bool) -> None:
+        """Show what is new: a chunk of each stream at most, so that the loop stays quick; all of it when final."""
+        while data := self._stderr.read():
+            self._echo.stderr(data)
+            if not final:
+                break
+        while data := self._stdout.read():
+            self._echo.stdout(data)
+            self._parse(self._stdout.lines(data))
+            if not final:
+                return
+        if final:
+            self._parse(self._stdout.lines(b"", final=True))
+
+    def _parse(self, lines: list[bytes]) -> None:
+        for line in lines:
+            seen = self._dialect.parse(line.decode("utf-8", "replace"))
+            if seen is not None and not self._reports_itself:
+                self._advance(seen, self.run.settings.get("block_size"))
+
+    def _advance(self, seen: Seen, block_size: object) -> None:
+        self._step = max(self._step, seen.step)
+        self._progress = Progress(
+            attempt=self.n,
+            step=seen.step,
+            loss=seen.loss,
+            step_s=seen.step_s,
+            block_size=block_size if isinstance(block_size, int) else None,
+        )
+
+    def _settled_peak(self, progress: Progress) -> Iterator[AnyEvent]:
+        """For trainers that do not report peaks: the process's own, once training has settled."""
+        if self._reports_itself or progress.step < self._from_step + SETTLED_STEPS:
+            return
+        device = self.device_peak()
+        peak = self._peak_bytes if self.run.trains_on == "host" else device
+        if peak is not None:
+            where = "host" if self.run.trains_on == "host" else "device"
+            yield PeakMeasured(attempt=self.n, phase="train", bytes=peak, block_size=progress.block_size, where=where)
+
+    def _checkpoints(self, final: bool) -> Iterator[AnyEvent]:
+        if self._keeper is None:
+            return
+        kept: list[Checked] = self._keeper.finish() if final else self._keeper.poll()
+        for found in kept:
+            if not found.problem and found.step is not None:
+                yield CheckpointSaved(
+                    attempt=self.n,
+                    step=found.step,
+                    path=str(self._keeper.source),
+                    bytes=found.bytes,
+                    copy=str(found.path),
+                )
+
+    def _new_lines(self, tail: LineTail, final: bool) -> list[bytes]:
+        lines = []
+        while data := tail.read():
+            lines += tail.lines(data)
+        return lines + (tail.lines(b"", final=True) if final else [])
+
+    # --- when it has ended ---
+
+    def conclude(self, ended: Ended) -> Iterator[AnyEvent]:
+        """The last facts of the attempt: everything unread, then the incident if it was one, then its end."""
+        yield from self.observe(None, final=True)
+        diagnosis = self._diagnose(ended)
+        if diagnosis.is_oom == "yes":
+            yield self._out_of_memory(diagnosis)
+        phase = diagnosis.phase or (self._failure.phase if self._failure else None)
+        yield AttemptEnded(
+            attempt=self.n,
+            exit=ended.exit,
+            step=self._step,
+            diagnosis=str(diagnosis.kind),
+            message=_how_it_ended(ended, diagnosis),
+            phase=phase,
+            peak_bytes=self._peak_bytes if self.run.trains_on == "host" else self.device_peak(),
+            peak_where="host" if self.run.trains_on == "host" else "device",
+            user_s=ended.user_s,
+            system_s=ended.system_s,
+        )
+
+    def _diagnose(self, ended: Ended) -> Diagnosis:
+        kills = host.oom_kills()
+        delta = 0 if kills is None or self._oom_kills is None else max(0, kills - self._oom_kills)
+        return diagnose(
+            Evidence(
+                exit=ended.exit,
+                stderr=clean_lines(last_bytes(self.directory / "stderr.log", EVIDENCE_BYTES)),
+                stdout=clean_lines(last_bytes(self.directory / "stdout.log", EVIDENCE_BYTES)),
+                failure=self._failure,
+                host_oom_kills=delta,
+            )
+        )
+
+    def _out_of_memory(self, diagnosis: Diagnosis) -> OomDetected:
+        numbers = diagnosis.numbers
+        in_use = numbers.allocated_bytes if diagnosis.kind == "device_oom" else self._in_use_bytes
+        requested = numbers.tried_to_allocate_bytes
+        at_least = None if in_use is None or requested is None else in_use + requested
+        return OomDetected(
+            attempt=self.n,
+            diagnosis=str(diagnosis.kind),
+            step=self._step,
+            message=diagnosis.message,
+            phase=diagnosis.phase,
+            block_size=self._failure.block_size if self._failure else None,
+            numbers=numbers,
+            at_least_bytes=at_least,
+            evidence=diagnosis.evidence,
+        )
+
+
+def _how_it_ended(ended: Ended, diagnosis: Diagnosis) -> str:
+    if ended.exec_error is not None:
+        return f"the trainer could not be executed: {ended.exec_error[1]}"
+    return diagnosis.message or describe_exit(ended.exit)
+
+
+def describe_exit(status: ExitStatus) -> str:
+    """An exit status in words."""
+    if status.signal is not None:
+        try:
+            return f"ended by {signal.Signals(status.signal).name}"
+        except ValueError:
+            return f"ended by signal {status.signal}"
+    return "its exit status is unknown" if status.code is None else f"exit status {status.code}"
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        content = msgspec.json.decode(line)
+    except msgspec.DecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,172 @@
+"""Checkpoints: verified without torch, copied when the trainer rewrites its only one in place.
+
+A `torch.save` file is a zip; a torn one has no central directory, a damaged one fails its CRCs. nanoGPT's step is read
+from the pickle's opcodes, which executes nothing.
+"""
+
+import fcntl
+import os
+import pickletools
+import queue
+import re
+import shutil
+import threading
+import zipfile
+from pathlib import Path
+
+from msgspec import Struct
+
+from .journal import sync_directory
+
+FICLONE = 0x40049409
+COPIES_KEPT = 2
+MAX_PICKLE_BYTES = 64 << 20
+INTEGERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4")
+MEMO = ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
+
+
+class Checked(Struct, frozen=True, kw_only=True):
+    """A checkpoint file as found. `problem` is empty when it is whole."""
+
+    path: Path
+    step: int | None = None
+    bytes: int = 0
+    problem: str = ""
+
+
+def check(path: Path) -> Checked:
+    """Read the whole file: zip directory, every CRC, and the step it was saved at."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                return Checked(path=path, problem=f"{damaged} inside it is damaged")
+            step = _step_in_name(path)
+            return Checked(path=path, step=_step_in_pickle(archive) if step is None else step, bytes=size)
+    except FileNotFoundError:
+        return Checked(path=path, problem="it does not exist")
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+        return Checked(path=path, problem=f"it is torn or damaged ({error})")
+
+
+def _step_in_name(path: Path) -> int | None:
+    match = re.fullmatch(r"ckpt-(\d+)\.pt", path.name)
+    return int(match[1]) if match else None
+
+
+def _step_in_pickle(archive: zipfile.ZipFile) -> int | None:
+    """The integer that follows the key `iter_num`."""
+    entry = next((e for e in archive.infolist() if e.filename.endswith("/data.pkl")), None)
+    if entry is None or entry.file_size > MAX_PICKLE_BYTES:
+        return None
+    key_seen = False
+    for opcode, value, _ in pickletools.genops(archive.read(entry)):
+        if key_seen and isinstance(value, int) and opcode.name in INTEGERS:
+            return value
+        if opcode.name not in MEMO:
+            key_seen = value == "iter_num"
+    return None
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A durable copy under `target`'s final name; shares the blocks where the file system can (reflink)."""
+    temporary = target.with_name(f".{target.name}.part")
+    with source.open("rb") as reading, temporary.open("wb") as writing:
+        try:
+            fcntl.ioctl(writing.fileno(), FICLONE, reading.fileno())
+        except OSError:
+            shutil.copyfileobj(reading, writing, 1 << 20)
+        writing.flush()
+        os.fsync(writing.fileno())
+    temporary.rename(target)
+    sync_directory(target.parent)
+
+
+class Keeper:
+    """Keeps verified copies of one file that a trainer rewrites in place.
+
+    `poll` notices that the file has changed and come to rest, and copies it in a thread; `finish` settles what is left
+    once the trainer is gone. A hard link would not do: the trainer rewrites the same inode.
+    """
+
+    def __init__(self, source: Path, folder: Path, not_before: float) -> None:
+        """Args: `not_before`: epoch seconds; an older file is another run's and is left alone."""
+        self.source = source
+        self.folder = folder
+        self._not_before = not_before
+        self._seen: tuple[int, int] | None = None
+        self._handled: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
+        self._done: queue.SimpleQueue[Checked] = queue.SimpleQueue()
+
+    def poll(self) -> list[Checked]:
+        """Copies completed since the last call. Call about once a second."""
+        version = self._version()
+        resting = version is not None and version == self._seen and version != self._handled
+        self._seen = version
+        if resting and (self._thread is None or not self._thread.is_alive()):
+            self._handled = version
+            self._thread = threading.Thread(target=self._keep, daemon=True)
+            self._thread.start()
+        return self._collected()
+
+    def finish(self) -> list[Checked]:
+        """As `poll`, when nobody writes any more: waits for the copy under way and takes the newest version."""
+        if self._thread is not None:
+            self._thread.join()
+        version = self._version()
+        if version is not None and version != self._handled:
+            self._handled = version
+            self._keep()
+        return self._collected()
+
+    def _version(self) -> tuple[int, int] | None:
+        try:
+            status = self.source.stat()
+        except OSError:
+            return None
+        return (status.st_mtime_ns, status.st_size) if status.st_mtime >= self._not_before else None
+
+    def _keep(self) -> None:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        incoming = self.folder / "incoming.pt"
+        try:
+            copy_file(self.source, incoming)
+        except OSError as error:
+            self._done.put(Checked(path=self.source, problem=f"it could not be copied ({error.strerror})"))
+            return
+        checked = check(incoming)
+        if checked.problem or checked.step is None:
+            self._done.put(Checked(path=self.source, problem=checked.problem or "its step is not recorded in it"))
+            return
+        target = self.folder / f"ckpt-{checked.step:08d}.pt"
+        incoming.rename(target)
+        for old in sorted(self.folder.glob("ckpt-*.pt"))[:-COPIES_KEPT]:
+            if old != target:
+                old.unlink()  # gpusup's own copies, never the trainer's file
+        self._done.put(Checked(path=target, step=checked.step, bytes=checked.bytes))
+
+    def _collected(self) -> list[Checked]:
+        found = []
+        while not self._done.empty():
+            found.append(self._done.get())
+        return found
+
+
+def place_for_resume(copy: Path, target: Path, aside: str) -> str:
+    """Make `target` the same checkpoint as our verified `copy`, for a trainer that resumes from one fixed name.
+
+    A whole file of the same step is left as it is. Otherwise the trainer's file is renamed, never deleted.
+    Returns what was done, for the person; empty when nothing was.
+    """
+    wanted, found = check(copy), check(target)
+    if not found.problem and found.step == wanted.step:
+        return ""
+    done = f"{target.name} put back from gpusup's verified copy of step {wanted.step}"
+    if target.exists():
+        moved = target.with_name(f"{target.name}.{aside}")
+        target.rename(moved)
+        done += f" (it {found.problem.removeprefix('it ') or f'was of step {found.step}'}; kept as {moved.name})"
+    copy_file(copy, target)
+    return done

@@ -1,0 +1,69 @@
+"""The person at the terminal: the trainer's output on its own streams, gpusup's lines on stderr."""
+
+import sys
+from datetime import datetime
+
+from .attempt_watch import Echo
+from .core.decide import EXIT_STOPPED
+from .core.events import AnyEvent, Finished
+from .core.state import State
+from .dialects.base import Dialect
+from .journal import Journal
+from .loop import Detached, Supervisor, Tell, write_quietly
+from .narrate import LABEL_WIDTH, narrate
+from .run_store import RunDirectory
+
+STDOUT, STDERR = 1, 2
+
+
+def say(text: str) -> None:
+    """gpusup's own words go to stderr, so that stdout stays the trainer's."""
+    write_quietly(STDERR, text.encode("utf-8", "replace"))
+
+
+class Console(Tell):
+    """Shows events as they are recorded."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__()
+        self._bold = ("\x1b[1m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        if not quiet:
+            self.echo = Echo(
+                stdout=lambda data: write_quietly(STDOUT, data), stderr=lambda data: write_quietly(STDERR, data)
+            )
+
+    def event(self, event: AnyEvent) -> None:
+        told = narrate(event)
+        if told is None:
+            return
+        label, sentence = told
+        clock = datetime.fromisoformat(event.at).astimezone().strftime("%H:%M:%S")
+        on, off = self._bold
+        say(f"{on}gpusup {clock}  {label:<{LABEL_WIDTH}}  {printable(sentence)}{off}\n")
+
+
+def printable(text: str) -> str:
+    """Text from logs with control characters made visible, so that it cannot drive the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else "\ufffd" for c in text)
+
+
+def supervise(directory: RunDirectory, journal: Journal, dialect: Dialect, quiet: bool) -> int:
+    """Supervise until the run is finished or the person leaves; returns the exit code of the command."""
+    supervisor = Supervisor(directory, journal, dialect, Console(quiet))
+    try:
+        code = supervisor.run()
+    except Detached:
+        say(f"\ngpusup: left; training goes on. `gpusup resume {directory.id}` takes it over again\n")
+        return EXIT_STOPPED
+    finally:
+        journal.close()
+    say(_last_words(directory, supervisor.state))
+    return code
+
+
+def _last_words(directory: RunDirectory, state: State) -> str:
+    finished = state.finished
+    lines = [f"gpusup: the whole story: gpusup log {directory.id}"]
+    if isinstance(finished, Finished) and finished.result == "stopped":
+        lines.append(f"gpusup: to continue: gpusup resume {directory.id}")
+    return "\n".join(lines) + "\n"

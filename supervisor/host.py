@@ -1,0 +1,72 @@
+"""Facts about this machine and a process on it, from /proc. What cannot be observed is None, never zero."""
+
+from pathlib import Path
+
+
+def peak_resident_bytes(pid: int) -> int | None:
+    """The kernel's own high-water mark of the process's resident memory (VmHWM): kept by the kernel, not sampled."""
+    return _status_bytes(pid, "VmHWM:")
+
+
+def resident_bytes(pid: int) -> int | None:
+    return _status_bytes(pid, "VmRSS:")
+
+
+def data_bytes(pid: int) -> int | None:
+    """Private writable memory, what RLIMIT_DATA limits."""
+    return _status_bytes(pid, "VmData:")
+
+
+def _status_bytes(pid: int, key: str) -> int | None:
+    try:
+        with Path(f"/proc/{pid}/status").open() as f:
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith(key)), None)
+    except (OSError, ValueError):
+        return None
+
+
+def data_limit_bytes(pid: int) -> int | None:
+    """The soft RLIMIT_DATA in force for the process; None when unlimited or not observable."""
+    try:
+        with Path(f"/proc/{pid}/limits").open() as f:
+            line = next(line for line in f if line.startswith("Max data size"))
+    except (OSError, StopIteration):
+        return None
+    soft = line.split()[3]
+    return int(soft) if soft.isdigit() else None
+
+
+def oom_kills() -> int | None:
+    """How often the kernel has killed for memory in our cgroup; else on the whole host, which is weaker evidence."""
+    for path in (*_cgroup_event_files(), Path("/proc/vmstat")):
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            key, _, value = line.partition(" ")
+            if key == "oom_kill" and value.strip().isdigit():
+                return int(value)
+    return None
+
+
+def _cgroup_event_files() -> list[Path]:
+    """v2 `memory.events` or v1 `memory.oom_control` of our own cgroup."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    files = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            files.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
+        elif "memory" in controllers.split(","):
+            files.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
+    return files
+
+
+def total_memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)

@@ -1,0 +1,31 @@
+"""The environment an attempt runs in: the person's own, and what docs/cooperation.md promises."""
+
+import os
+from pathlib import Path
+
+from .core.events import RunCreated
+from .run_store import RunDirectory
+
+BOOT = Path(__file__).parent / "boot"
+
+
+def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[str, str]:
+    """Handed to the trainer through the shim's own environment; never written to a file."""
+    folder = directory.attempt(attempt)
+    added = {
+        "GPUSUP_RUN_ID": run.run_id,
+        "GPUSUP_ATTEMPT": str(attempt),
+        "GPUSUP_EVENTS": str(folder / "events.jsonl"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    inherited = dict(os.environ)
+    # A cache of our own makes giving compile back cheap, and survives a reboot, unlike /tmp.
+    inherited.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.compile_cache))
+    if run.gpu_uuid is not None and run.trains_on == "gpu":
+        added["CUDA_VISIBLE_DEVICES"] = run.gpu_uuid
+    if run.memory_budget_bytes:
+        added["GPUSUP_MEMORY_BUDGET"] = f"{run.budget_where}:{run.memory_budget_bytes}"
+        added["GPUSUP_BUDGET_REPORT"] = str(folder / "budget.jsonl")
+        search = [str(BOOT), inherited["PYTHONPATH"]] if inherited.get("PYTHONPATH") else [str(BOOT)]
+        added["PYTHONPATH"] = os.pathsep.join(search)
+    return {**inherited, **added}

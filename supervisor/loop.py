@@ -1,0 +1,330 @@
+"""The supervisor's loop: observe, record, decide, record, carry out.
+
+The only thread besides it samples memory. Exits (pidfd) and signals wake it; output is looked at ten times a second.
+"""
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from msgspec.structs import replace
+
+from . import checkpoints, process
+from .attempt_watch import AttemptWatch, Echo
+from .core.decide import decide, next_deadline, step_of_interest
+from .core.events import (
+    AnyEvent,
+    AttemptPlanned,
+    AttemptStarted,
+    CheckpointRejected,
+    MemoryWaited,
+    Note,
+    OomDetected,
+    Resumed,
+    StopAsked,
+    StopRequested,
+    SupervisorStarted,
+)
+from .core.ladder import FOREIGN_BYTES
+from .core.policy import Settings
+from .core.state import State, evolve
+from .dialects.base import Dialect
+from .journal import Journal
+from .launch_env import environment
+from .process import Ended, TrainerProcess
+from .run_store import RunDirectory
+from .sampler import Sampler
+
+LOOK_EVERY_S = 0.1
+GIVE_BACK_S = 50.0
+"""How long a dead trainer's GPU memory may take to come back before the next start goes ahead."""
+GIVE_BACK_SLACK_BYTES = 512 << 20
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+HOW = {"save": signal.SIGTERM, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
+
+
+class Detached(Exception):
+    """The person left; the trainer goes on."""
+
+
+class Supervisor:
+    """Supervises one run from wherever its journal stands until it is finished."""
+
+    def __init__(self, directory: RunDirectory, journal: Journal, dialect: Dialect, tell: "Tell") -> None:
+        self.directory, self.journal, self.dialect, self.tell = directory, journal, dialect, tell
+        self.state = State()
+        for event in journal.events:
+            self.state = evolve(self.state, event)
+        run = self.state.run
+        assert run is not None
+        self.run_spec = run
+        self.policy = run.policy
+        self.sampler = Sampler(directory.samples, run.gpu_uuid if run.trains_on == "gpu" else None)
+        self.watch: AttemptWatch | None = None
+        self._signals: list[int] = []
+        self._warned = False
+        self._waiting_since: float | None = None
+
+    def run(self) -> int:
+        """Until the run is finished; returns its exit code.
+
+        Raises:
+            Detached: the person asked to leave (SIGQUIT); the trainer goes on.
+        """
+        with _WakeUp(self._signals) as self._wake:
+            self.sampler.start()
+            try:
+                self.record(SupervisorStarted(pid=os.getpid(), takeover=bool(self.state.attempts)))
+                self._adopt()
+                while self.state.finished is None:
+                    decision = decide(self.state, self.policy, time.monotonic())
+                    if decision is not None:
+                        self._carry_out(decision)
+                    else:
+                        self._observe()
+            finally:
+                self.sampler.stop()
+        return self.state.finished.exit_code
+
+    def record(self, event: AnyEvent) -> None:
+        """Journal first, then the state, then the person."""
+        stamped = self.journal.append(event)
+        self.state = evolve(self.state, stamped)
+        self.tell.event(stamped)
+
+    # --- carrying out ---
+
+    def _carry_out(self, decision: AnyEvent) -> None:
+        match decision:
+            case AttemptPlanned():
+                self._start(decision)
+            case StopRequested():
+                self.record(decision)
+                if self.watch is not None:
+                    self.watch.process.signal(HOW[decision.how])
+            case _:
+                self.record(decision)
+
+    def _start(self, plan: AttemptPlanned) -> None:
+        if plan.resume_path is not None:
+            checked = checkpoints.check(Path(plan.resume_path))
+            if checked.problem:
+                self.record(CheckpointRejected(path=plan.resume_path, step=plan.resume_step or 0, why=checked.problem))
+                return
+        self._await_given_back()
+        if self._signals:
+            return  # asked to stop meanwhile; decide again
+        run = self.run_spec
+        argv = self.dialect.argv(run.command, run.args_from, self._changed(plan.settings), plan.resume_path)
+        lost = self.state.max_step - (plan.resume_step or 0)
+        self.record(replace(plan, argv=argv))
+        self._resumed(plan, lost)
+        self._launch(plan.attempt, argv)
+
+    def _changed(self, settings: Settings) -> Settings:
+        """Knobs that differ from what the person's own command says; the rest stays as it was typed."""
+        initial = self.run_spec.settings
+        return {knob: value for knob, value in settings.items() if initial.get(knob) != value}
+
+    def _resumed(self, plan: AttemptPlanned, lost_steps: int) -> None:
+        if plan.resume_path is None:
+            if lost_steps > 0:
+                note = "there is no checkpoint yet, so it starts from zero"
+                self.record(Resumed(attempt=plan.attempt, step=0, lost_steps=lost_steps, note=note))
+            return
+        note = ""
+        if self.dialect.rewrites_in_place:
+            place = self.dialect.checkpoint_file(Path(self.run_spec.checkpoints.place))
+            if place is not None:
+                note = checkpoints.place_for_resume(Path(plan.resume_path), place, f"before-attempt-{plan.attempt}")
+        if self.run_spec.checkpoints.replays_data:
+            replay = "this trainer does not save its position in the data: it trains on its first batches again"
+            note = f"{note}; {replay}" if note else replay
+        self.record(
+            Resumed(
+                attempt=plan.attempt,
+                step=plan.resume_step or 0,
+                lost_steps=max(0, lost_steps),
+                path=plan.resume_path,
+                note=note,
+            )
+        )
+
+    def _launch(self, n: int, argv: tuple[str, ...]) -> None:
+        folder = self.directory.attempt(n)
+        started = process.launch(folder, argv, self.run_spec.cwd, environment(self.run_spec, self.directory, n))
+        self._follow(n, started)
+
+    def _follow(self, n: int, started: TrainerProcess | Ended) -> None:
+        folder = self.directory.attempt(n)
+        if isinstance(started, Ended):
+            pid, ticks = 0, 0
+            trainer = TrainerProcess(folder, 0, 0, 0, 0)
+        else:
+            pid, ticks, trainer = started.pid, started.start_ticks, started
+        attempt = self.state.attempt
+        assert attempt is not None
+        if attempt.pid is None:
+            self.record(AttemptStarted(attempt=n, pid=pid, start_ticks=ticks))
+        self.watch = AttemptWatch(
+            self.run_spec, n, folder, trainer, self.dialect, self.tell.echo, self._keeper(), attempt.from_step
+        )
+        self.watch.device_peak = self.sampler.device_peak
+        self.sampler.begin(n, pid)
+
+    def _keeper(self) -> checkpoints.Keeper | None:
+        place = self.dialect.checkpoint_file(Path(self.run_spec.checkpoints.place))
+        if place is None:
+            return None
+        return checkpoints.Keeper(place, self.directory.checkpoints, self.directory.created_at)
+
+    # --- taking over ---
+
+    def _adopt(self) -> None:
+        """Continue the attempt that was under way: it may run, have ended meanwhile, or never have started."""
+        attempt = self.state.attempt
+        if attempt is None or attempt.ended:
+            return
+        found = process.adopt(self.directory.attempt(attempt.n))
+        if found is None:
+            self._launch(attempt.n, attempt.argv)
+            return
+        self._follow(attempt.n, found)
+        if self.watch is not None:
+            self.watch.skip_shown()
+
+    # --- observing ---
+
+    def _observe(self) -> None:
+        timeout = LOOK_EVERY_S
+        deadline = next_deadline(self.state)
+        if deadline is not None:
+            timeout = min(timeout, max(0.0, deadline - time.monotonic()))
+        waiting = [self._wake.fd]
+        if self.watch is not None and (fd := self.watch.process.wait_fd) is not None:
+            waiting.append(fd)
+        select.select(waiting, [], [], timeout)
+        self._wake.drain()
+        self._handle_signals()
+        if self.state.waiting_for_memory_s is not None:
+            self._look_for_memory()
+        if self.watch is not None:
+            self._look_at_attempt(self.watch)
+
+    def _look_at_attempt(self, watch: AttemptWatch) -> None:
+        ended = watch.process.poll()
+        if ended is None:
+            self._record_all(watch.observe(step_of_interest(self.state, self.policy)))
+            return
+        self.watch = None
+        self.sampler.end()
+        self._record_all(watch.conclude(ended))
+
+    def _record_all(self, events: Iterator[AnyEvent]) -> None:
+        for event in events:
+            if isinstance(event, OomDetected) and event.diagnosis == "device_oom":
+                event = replace(event, foreign_bytes=self.sampler.held_by_others())
+            self.record(event)
+
+    def _handle_signals(self) -> None:
+        while self._signals:
+            number = self._signals.pop(0)
+            if number == signal.SIGQUIT:
+                raise Detached
+            self._asked_to_stop("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+
+    def _asked_to_stop(self, by: str) -> None:
+        attempt = self.state.attempt
+        running = attempt is not None and not attempt.ended
+        if self._warned or self.state.stop_asked is not None:
+            self.record(StopAsked(by=by, now=True))
+        elif attempt is not None and running and not attempt.can_save:
+            self._warned = True
+            saved = self.state.checkpoint.step if self.state.checkpoint else 0
+            lost = f"loses the {attempt.step - saved} steps since step {saved}"
+            leave = f"Ctrl-\\ : leave it running (`gpusup resume {self.directory.id}` takes over)"
+            text = f"{by}: this trainer cannot save when asked; stopping now {lost}. Again: kill it. {leave}"
+            self.record(Note(text=text))
+        else:
+            self.record(StopAsked(by=by))
+
+    # --- GPU memory before a start ---
+
+    def _await_given_back(self) -> None:
+        """A dead process can hold device memory for a while; starting meanwhile would look like an OOM."""
+        before = self.sampler.held_before
+        if before is None:
+            return
+        deadline = time.monotonic() + GIVE_BACK_S
+        while time.monotonic() < deadline and not self._signals:
+            held = self.sampler.device_used()
+            if held is None or held <= before + GIVE_BACK_SLACK_BYTES:
+                return
+            select.select([self._wake.fd], [], [], 0.5)
+        if not self._signals:
+            self.record(Note(text=f"the GPU's memory was not given back within {GIVE_BACK_S:.0f} s; starting anyway"))
+
+    def _look_for_memory(self) -> None:
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+        waited = time.monotonic() - self._waiting_since
+        held = self.sampler.held_by_others()
+        enough = held is not None and held < FOREIGN_BYTES
+        if enough or waited >= (self.state.waiting_for_memory_s or 0):
+            self._waiting_since = None
+            self.record(MemoryWaited(enough=enough, waited_s=round(waited, 1), free_bytes=self.sampler.device_free()))
+
+
+class Tell:
+    """Shows events and output to the person. The default shows nothing."""
+
+    def __init__(self) -> None:
+        self.echo = Echo(stdout=lambda data: None, stderr=lambda data: None)
+
+    def event(self, event: AnyEvent) -> None: ...
+
+
+class _WakeUp:
+    """Signals as a readable descriptor and a list; a second supervisor-wide Ctrl-C is never lost."""
+
+    def __init__(self, received: list[int]) -> None:
+        self._received = received
+
+    def __enter__(self) -> "_WakeUp":
+        self.fd, self._write = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self.fd)
+        os.close(self._write)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def drain(self) -> None:
+        try:
+            while os.read(self.fd, 512):
+                pass
+        except BlockingIOError:
+            pass
+
+
+def write_quietly(stream: int, data: bytes) -> None:
+    """To the terminal or pipe `stream`; a closed one must not end the supervision."""
+    try:
+        while data:
+            data = data[os.write(stream, data) :]
+    except OSError:
+        pass

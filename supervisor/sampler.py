@@ -1,0 +1,91 @@
+"""Memory once a second, in a thread, to the run's side file: samples are not events.
+
+NVML calls can block on a sick driver, and must not block the loop.
+"""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+from . import host
+from .gpu import Nvml
+
+EVERY_S = 1.0
+NOT_A_PROCESS_BYTES = 600 << 20
+"""What the driver itself may show as used where memory per process is not available."""
+
+
+class Sampler:
+    """Samples the host and, when a GPU is given, the device. Reads are None where nothing could be observed."""
+
+    def __init__(self, path: Path, gpu_uuid: str | None) -> None:
+        self._path, self._uuid = path, gpu_uuid
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._attempt, self._pid = 0, 0
+        self._peak_bytes: int | None = None
+        self._nvml = Nvml() if gpu_uuid is not None else None
+        self.held_before: int | None = self.device_used()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(EVERY_S + 1)
+
+    def begin(self, attempt: int, pid: int) -> None:
+        """From now on the trainer is `pid`."""
+        with self._lock:
+            self._attempt, self._pid, self._peak_bytes = attempt, pid, None
+
+    def end(self) -> None:
+        with self._lock:
+            self._pid = 0
+
+    def device_used(self) -> int | None:
+        memory = self._nvml.memory(self._uuid) if self._nvml is not None and self._uuid is not None else None
+        return None if memory is None else memory.used_bytes
+
+    def device_free(self) -> int | None:
+        memory = self._nvml.memory(self._uuid) if self._nvml is not None and self._uuid is not None else None
+        return None if memory is None else memory.free_bytes
+
+    def device_peak(self) -> int | None:
+        """Largest device memory seen in this attempt over what was held before the run (sampled)."""
+        with self._lock:
+            if self._peak_bytes is None or self.held_before is None:
+                return None
+            return max(0, self._peak_bytes - self.held_before)
+
+    def held_by_others(self) -> int | None:
+        """Device memory in other hands, asked when no trainer of ours runs."""
+        if self._nvml is None or self._uuid is None:
+            return None
+        per_process = self._nvml.process_bytes(self._uuid)
+        if per_process is not None:
+            return sum(per_process.values())
+        used = self.device_used()
+        return None if used is None else max(0, used - NOT_A_PROCESS_BYTES)
+
+    def _run(self) -> None:
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        while not self._stop.wait(EVERY_S):
+            used = self.device_used()
+            with self._lock:
+                attempt, pid = self._attempt, self._pid
+                if used is not None:
+                    self._peak_bytes = max(used, self._peak_bytes or 0)
+            if not pid:
+                continue
+            sample = {"at": round(time.time(), 3), "attempt": attempt, "rss_bytes": host.resident_bytes(pid)}
+            if used is not None:
+                sample["device_used_bytes"] = used
+            try:
+                os.write(fd, json.dumps(sample).encode() + b"\n")
+            except OSError:
+                continue  # a full disk costs samples, never the supervision
+        os.close(fd)
