@@ -279,7 +279,9 @@ class AttemptWatch:
         numbers = diagnosis.numbers
         in_use = numbers.allocated_bytes if diagnosis.kind == "device_oom" else self._in_use_bytes
         requested = numbers.tried_to_allocate_bytes
-        at_least = None if in_use is None or requested is None else in_use + requested
+        known = [in_use + requested] if in_use is not None and requested is not None else []
+        if diagnosis.kind == "host_oom" and self._peak_bytes is not None:
+            known.append(self._peak_bytes)
         return OomDetected(
             attempt=self.n,
             diagnosis=str(diagnosis.kind),
@@ -288,7 +290,7 @@ class AttemptWatch:
             phase=diagnosis.phase,
             block_size=self._failure.block_size if self._failure else None,
             numbers=numbers,
-            at_least_bytes=at_least,
+            at_least_bytes=max(known, default=None),
             evidence=diagnosis.evidence,
         )
 

@@ -6,7 +6,7 @@ import sys
 import click
 
 from . import __version__
-from .errors import GpusupError
+from .errors import GpusupError, PolicyError
 
 COMMANDS = {
     "run": "run a trainer under supervision",
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except GpusupError as error:
-        print(f"gpusup: {error}" if "\n" not in str(error) else str(error), file=sys.stderr)
+        print(error if isinstance(error, PolicyError) else f"gpusup: {error}", file=sys.stderr)
         return error.exit_code
 
 

@@ -11,6 +11,7 @@ from .dialects.base import Dialect
 from .journal import Journal
 from .loop import Detached, Supervisor, Tell, write_quietly
 from .narrate import LABEL_WIDTH, narrate
+from .printable import printable
 from .run_store import RunDirectory
 
 STDOUT, STDERR = 1, 2
@@ -40,11 +41,6 @@ class Console(Tell):
         clock = datetime.fromisoformat(event.at).astimezone().strftime("%H:%M:%S")
         on, off = self._bold
         say(f"{on}gpusup {clock}  {label:<{LABEL_WIDTH}}  {printable(sentence)}{off}\n")
-
-
-def printable(text: str) -> str:
-    """Text from logs with control characters made visible, so that it cannot drive the terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" if ord(c) < 256 else "\ufffd" for c in text)
 
 
 def supervise(directory: RunDirectory, journal: Journal, dialect: Dialect, quiet: bool) -> int:

@@ -118,7 +118,7 @@ def _follow(lines: list[Line], index: int, limit: int) -> list[Line]:
     for line in lines[index + 1 : index + 1 + 4 * limit]:
         if line.stream != first.stream or len(found) >= limit:
             break
-        if line.rank == first.rank:
+        if line.speaker == first.speaker:
             if line.role != "text":
                 break
             found.append(line)
@@ -158,7 +158,7 @@ def _progress(lines: list[Line]) -> list[tuple[int, int, int | None, str, int]]:
     for index, line in enumerate(lines):
         if line.role in ("text", "data") and not _NOT_PROGRESS.search(line.text):
             for word, count, bar in _PROGRESS.findall(line.text[-600:]):
-                seen.append((index, line.stream, line.rank, word.lower() or "bar", int(count or bar)))
+                seen.append((index, line.stream, line.speaker, word.lower() or "bar", int(count or bar)))
     return seen
 
 
@@ -173,7 +173,7 @@ class _Scene:
         self.known = evidence.exit.code is not None or evidence.exit.signal is not None
         self.asserted = any(_ASSERTED.search(line.text) for line in self.lines)
         self.segfaulted = any(_SEGFAULTED.search(line.text) for line in self.lines)
-        oom_groups = {a.line.raised.group for a in self.anchors if a.line.raised is not None}
+        oom_groups = {raised.group for raised in map(_exception, self.anchors) if raised is not None}
         self.rooted_groups = {e.group for e in self.exceptions if _root(e) or not e.header}
         self.final: Raised | None = None
         """The last exception that is neither a shortage nor a consequence of another failure."""
@@ -187,8 +187,8 @@ class _Scene:
         """Whether steps were counted after it; one or two may come from another rank or a buffer."""
         best: dict[str, int] = {}
         grown: dict[str, int] = {}
-        for index, stream, rank, word, value in self.progress:
-            after = index > anchor.at and stream == anchor.line.stream and rank == anchor.line.rank
+        for index, stream, speaker, word, value in self.progress:
+            after = index > anchor.at and stream == anchor.line.stream and speaker == anchor.line.speaker
             if after and value > best.get(word, -1):
                 best[word] = value
                 grown[word] = grown.get(word, 0) + 1
@@ -200,22 +200,23 @@ class _Scene:
 
     def weigh(self, anchor: _Anchor, failure_elsewhere: bool) -> Literal["yes", "suspected", "no"]:
         wording, line = anchor.wording, anchor.line
-        raised = line.raised if line.raised is not None and line.raised.frames else None
+        raised = _exception(anchor)
         rooted = raised is not None and raised.group in self.rooted_groups
         if self.asserted and "CUBLAS" in line.text:
             return "no"  # an index out of range, reported late
         if (
             wording.kind is DiagnosisKind.HOST_OOM_SUSPECTED
-            and raised is None
+            and (raised is None or raised.secondary)
             and (self.segfaulted or self.final is not None)
         ):
             return "no"  # a launcher kills the rest of the ranks
         if self.went_on(anchor, 3 if rooted else 2):
-            return "no"
-        if failure_elsewhere and not wording.native and not (rooted and line.rank is not None):
+            # Bars of many ranks can look like steps, so an uncaught exception with no other in sight is not dismissed.
+            return "suspected" if rooted and self.final is None and self.known and self.signal is None else "no"
+        if failure_elsewhere and not wording.native and not (rooted and line.speaker is not None):
             return "no"
         final = self.final
-        if final is not None and final.index > anchor.at and not wording.native and _same_rank(final, line):
+        if final is not None and final.index > anchor.at and not wording.native and final.speaker == line.speaker:
             if raised is None:
                 return "no"
             if _root(final) and (not rooted or _root(final) == _root(raised)):
@@ -230,6 +231,15 @@ class _Scene:
         return "yes" if wording.strength == "hard" else "suspected"
 
 
+def _exception(anchor: _Anchor) -> Raised | None:
+    """The exception that says it, frames and all; a launcher's or a library's line only stands near one."""
+    raised, wording = anchor.line.raised, anchor.wording
+    if raised is None or not raised.frames:
+        return None
+    apart = wording.native or wording.kind is DiagnosisKind.HOST_OOM_SUSPECTED
+    return None if anchor.line.role == "text" and apart else raised
+
+
 def _root(raised: Raised) -> str:
     """The script a traceback starts in; empty if it starts inside a function, as a caught and printed one does."""
     if not raised.header or not raised.frames or raised.frames[0].function not in _ROOTS:
@@ -238,10 +248,6 @@ def _root(raised: Raised) -> str:
         if not frame.file.startswith("<frozen") and not frame.file.endswith("runpy.py"):
             return frame.file
     return raised.frames[0].file
-
-
-def _same_rank(raised: Raised, line: Line) -> bool:
-    return raised.rank is None or line.rank is None or raised.rank == line.rank
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -257,12 +263,13 @@ _CAUSES: tuple[tuple[re.Pattern[str], DiagnosisKind], ...] = (
     (re.compile(r"^KeyboardInterrupt\b"), DiagnosisKind.USER_INTERRUPT),
     (re.compile(r"No space left on device|[Dd]isk quota exceeded|unexpected pos \d+ vs \d+"), DiagnosisKind.DISK_FULL),
     (
-        re.compile(r"uncorrectable (?:NVLink|ECC)|[Ff]allen off the bus|GPU is lost|cudaErrorECC|device not ready$"),
+        re.compile(r"uncorrectable (?:NVLink|ECC)|[Ff]allen off the bus|GPU is lost|cudaErrorECC"),
         DiagnosisKind.GPU_LOST,
     ),
     (
         re.compile(
             r"(?:CUDA|HIP) error: (?:an illegal|device-side|unspecified launch|misaligned|the launch|unknown)|"
+            r"CUDA driver error: (?:unknown|device not ready)|"
             r"cudaErrorIllegalAddress|cudaErrorLaunchFailure|CUDA_ERROR_ILLEGAL_ADDRESS"
         ),
         DiagnosisKind.CUDA_CONTEXT,
@@ -378,7 +385,7 @@ def _best(anchors: list[_Anchor]) -> _Anchor:
     """By class first, then the most telling message, then the last: never simply the first one printed."""
 
     def merit(anchor: _Anchor) -> tuple[int, int, int, int]:
-        framed = anchor.line.raised is not None and bool(anchor.line.raised.frames)
+        framed = _exception(anchor) is not None
         return (
             int(framed or anchor.wording.native),
             -_KIND_ORDER.index(anchor.wording.kind),

@@ -85,15 +85,20 @@ _PREFIX = re.compile(
     | \[\d{1,4},(?P<r2>\d{1,5})\](?:<std(?:out|err)>)?:?\ ?
     | \[(?P<r3>\d{1,5})\]\ ?<std(?:out|err)>:?\ ?
     | (?P<r4>\d{1,5}):(?:\ (?=\S|\ )|(?=[\[A-Za-z]))
-    | \((?=[^()]{0,120}\bpid=\d)(?:[^()]{0,80}?\brank=(?P<r5>\d{1,5}))?[^()]{0,160}\)\ ?
+    | \((?=[^()]{0,120}\bpid=(?P<pid>\d{1,10}))(?:[^()]{0,80}?\brank=(?P<r5>\d{1,5}))?[^()]{0,160}\)\ ?
     | [\[(]?\d{4}[-/]\d\d[-/]\d\d[T\ _]\d\d:\d\d:\d\d(?:[.,:]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?[\])]?(?:[:,]|\ -|\ \|)?\ ?
     | \d\d-\d\d\ \d\d:\d\d:\d\d(?:[.,]\d{1,9})?\ ?
     | \[?(?P<g1>[IWEF])\d{3,8}\ \d\d:\d\d:\d\d[.\d]{0,24}(?:\ {1,8}\d{1,10})?\ {1,4}[\w./\-]{1,120}:\d{1,6}\]\ ?
     | (?P<g2>[IWEF])\ [\w./\-]{1,120}:\d{1,6}\]\ ?
+    | \[(?P<g3>[DIWEC])\ \d{4}-\d\d-\d\d\ \d\d:\d\d:\d\d[.,\d]{0,10}\]\ ?
+    | [A-Z][a-z]{2}\ [\d\ ]\d\ \d\d:\d\d:\d\d\ [\w.\-]{1,60}\ [\w.\-/]{1,40}(?:\[\d{1,9}\])?:\ ?
+    | std(?:out|err)\ [FP]\ (?=\S|\ )
     | \[\d{1,4}/\d{1,4}\]\ (?=\S|\ )
+    | \[(?P<l2>DEBUG|INFO|WARNING|ERROR)\|[\w.]{1,60}:\d{1,6}\]\ ?
+    | [\w.<>]{1,80}:[\w.<>]{1,80}:\d{1,6}\ -\ (?=\S|\ )
     | \[[\w./\-]{1,120}\.(?:py|cc|cpp|cu):\d{1,6}(?::\w{1,60})?\]\ ?
     | [\w.\-]{0,60}\ -\ (?=(?:DEBUG|INFO|WARN|ERROR|CRITICAL))
-    | [\[(|]?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)\b(?:[\])|]:?|:[\w.]{1,80}:|\ ?[:|]|\ -)?\ ?
+    | [\[(|]?(?P<level>DEBUG|INFO|WARNING|WARN|ERROR|CRITICAL|FATAL)\b(?:[\])|]:?|:[\w.]{1,80}:|\ {0,8}[:|]|\ -)?\ ?
     | \|\ (?=[A-Z]{3,12}:)
     | [\w.\-]{0,40}\d\ {1,10}\|\ (?=\S|\ )
     """,
@@ -106,6 +111,8 @@ _GRAVE = {"D": "debug", "I": "info", "W": "warning"}
 class Stripped(NamedTuple):
     text: str
     rank: int | None
+    speaker: int | None
+    """The rank, or else a process id made negative: whose words they are."""
     level: str
     """debug, info, warning, error or empty."""
 
@@ -113,6 +120,7 @@ class Stripped(NamedTuple):
 def strip_prefixes(line: str) -> Stripped:
     """The line without launcher, logger and time prefixes, whose indentation is kept: a traceback needs it."""
     rank: int | None = None
+    pid: int | None = None
     level = ""
     pos = 0
     for _ in range(8):
@@ -124,12 +132,13 @@ def strip_prefixes(line: str) -> Stripped:
         number = got["r1"] or got["r2"] or got["r3"] or got["r5"] or got["r4"]
         if number and (rank is None or not got["r4"]) and not (got["r4"] and line.startswith("[", pos)):
             rank = int(number)  # N:[default0]: is grep's line number
-        letter = got["g1"] or got["g2"] or got["level"]
+        pid = -int(got["pid"]) if got["pid"] else pid
+        letter = got["g1"] or got["g2"] or got["g3"] or got["l2"] or got["level"]
         level = level or (_GRAVE.get(letter[0], "error") if letter else "")
     text = line[pos:]
     if text and (text.lstrip()[:1] in "│┃║" or text[-1] in "│┃║"):
         text = _BOX.sub("", text)
-    return Stripped(text, rank, level)
+    return Stripped(text, rank, pid if rank is None else rank, level)
 
 
 # --- wordings ---------------------------------------------------------------------------------------------------------
@@ -180,7 +189,7 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_D, r"THCudaCheck FAIL file=\S{1,200} line=\d+ error=2 : out of memory", native=True),
     _w(_D, r"(?:cudaErrorMemoryAllocation|hipErrorOutOfMemory)\b[:,)]? ?\(?out of memory"),
     _w(_D, r"cudaMalloc(?:Async| retry)? failed: out of memory"),
-    _w(_D, r"CUDA failure 2: out of memory"),
+    _w(_D, r"CUDA failure 2: out of memory|error == cudaSuccess \(2 vs\. 0\) {1,4}out of memory"),
     _w(_D, r"Triton Error \[(?:CUDA|HIP|XPU)\]: out of memory"),
     _w(_D, r"NCCL WARN .{0,80}Cuda failure (?:2 )?'out of memory'", native=True),
     _w(_D, r"Cuda failure (?:2 )?'out of memory'", native=True),
@@ -210,6 +219,7 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_H, r"INTERNAL: .{0,200}Out of memory allocating \d+ bytes"),
     _w(_D, r"Out of memory error on GPU \d+\. Cannot allocate"),
     _w(_H, r"could not allocate pinned host memory", strength="vague"),
+    _w(_D, rf"{_EXC}.{{0,200}}CUDA_ERROR_OUT_OF_MEMORY|cuMemAlloc\w{{0,20}} failed: out of memory"),
     _w(_D, r"CUDA_ERROR_OUT_OF_MEMORY|Allocator \(GPU_\d+_bfc\) ran out of memory", strength="vague"),
     # Host: allocators that say so.
     _w(_H, r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)"),
@@ -231,7 +241,11 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_H, r"\[Errno 12\]|Cannot allocate memory \(os error 12\)|: fork: Cannot allocate memory"),
     _w(_H, r"\bcc1plus: out of memory allocating|virtual memory exhausted: Cannot allocate", native=True),
     _w(_H, r"memory allocation of \d+ bytes failed", native=True),
-    _w(_H, r"^(?:builtins\.)?MemoryError(?:$|: )|(?:^|\s)MemoryError$|\bcudaHostAlloc.{0,40}out of memory"),
+    _w(_H, r"java\.lang\.OutOfMemoryError|JavaScript heap out of memory|OutOfMemoryException: "),
+    _w(_H, r"killed due to the node running low on memory|exceeds the memory usage threshold of", native=True),
+    _w(_D, r"^(?:\w{1,60}\.){0,8}OutOfMemoryError(?:$|: )"),
+    _w(_H, r"^(?:\w{1,60}\.){0,8}_?\w{0,20}MemoryError(?:$|: )|\sMemoryError$"),
+    _w(_H, r"\bcudaHostAlloc.{0,40}out of memory"),
     # Host: whoever killed says why.
     _w(_H, r"oom[-_]kill event", native=True),
     _w(_H, r"srun: error: .{1,120}: Out Of Memory", native=True),
@@ -240,7 +254,6 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_H, r"[Oo]ut of memory: Kill(?:ed)? process|oom-kill:constraint=|killed by the OOM killer", native=True),
     _w(_H, r"invoked oom-killer", native=True),
     _w(_H, r"\bOOMKilled\b(?![\"']?\s{0,4}[:=]\s{0,4}(?:false|False|0|null))", native=True),
-    _w(_H, r"killed due to the node running low on memory|exceeds the memory usage threshold of", native=True),
     # Shared memory and kills: consistent with a shortage, no proof of one.
     _w(_S, r"insufficient shared memory \(shm\)|workers are out of shared memory", strength="vague"),
     _w(_S, r"DataLoader worker \(pid.{1,60}killed by signal: Bus error", strength="vague"),
@@ -256,7 +269,6 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_K, r"^zsh: killed\s", strength="vague"),
     # A sentence of someone's own.
     _w(_D, r"\b(?:CUDA|cuda|GPU|HIP|XPU)\b.{0,24}\b(?:out of memory\b|OOM\b(?!\s?[:=]\s?0))", strength="mention"),
-    _w(_D, r"^(?:\w{1,60}\.){0,8}OutOfMemoryError(?:$|: )"),
     _w(_D, r"\bOutOfMemoryError\b(?=$|: |\(['\"])", strength="mention"),
     _w(_D, rf"{_EXC}.{{0,60}}\bout of memory\b", strength="mention"),
 )  # fmt: skip
@@ -393,7 +405,7 @@ def count_numbers(numbers: OomNumbers) -> int:
 
 _CODE = re.compile(
     r"^\s{0,200}(?:#|//|;|raise\s|if\s|elif\s|except\b|assert\s|print\(|log(?:ger|ging)?\.|warnings?\.|return\s|def\s|"
-    r"class\s|from\s|import\s|\"\"\"|'''|>>>|\$\s|\+\s|--\s|\*\s|grep\s)"
+    r"class\s|from\s|import\s|\"\"\"|'''|>>>|\$\s|\+\s|--\s|\*\s|grep\s|-\s\D{0,300}$)"
 )
 _KEYED = re.compile(r"^\s{0,200}[-{,]?\s{0,4}[\"']?([\w.\-]{1,60})[\"']?\s{0,4}[:=]\s{0,4}[\[(]?\s{0,2}[brf]?[\"'|>]")
 _KEYED_PLAIN = re.compile(r"^\s{0,200}(?:- )?([a-z_][\w\-]{0,60})\s?[:=]\s")

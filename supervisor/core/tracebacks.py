@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from .oom_text import clean_line, strip_prefixes
+from .oom_text import Stripped, clean_line, strip_prefixes
 
 Role = Literal["text", "blank", "header", "frame", "source", "raised", "data"]
 
@@ -23,11 +23,12 @@ class Frame(NamedTuple):
 class Raised:
     """One printed exception with the frames above it."""
 
-    __slots__ = ("frames", "group", "header", "index", "rank", "secondary", "text")
+    __slots__ = ("frames", "group", "header", "index", "rank", "secondary", "speaker", "text")
 
-    def __init__(self, group: int, rank: int | None, *, header: bool, secondary: bool) -> None:
+    def __init__(self, group: int, said: Stripped, *, header: bool, secondary: bool) -> None:
         self.group = group
-        self.rank = rank
+        self.rank = said.rank
+        self.speaker = said.speaker
         self.header = header
         self.secondary = secondary
         self.frames: list[Frame] = []
@@ -40,6 +41,7 @@ class Line(NamedTuple):
     raw: str
     text: str
     rank: int | None
+    speaker: int | None
     level: str
     role: Role
     raised: Raised | None
@@ -116,28 +118,29 @@ def read_output(streams: Iterable[tuple[str, ...]]) -> tuple[list[Line], list[Ra
         for whole in raws:
             is_data, parts = _unfold(clean_line(whole))
             if is_data:
-                lines.append(Line(stream, whole, whole, None, "", "data", None))
+                lines.append(Line(stream, whole, whole, None, None, "", "data", None))
             for raw in parts:
                 raw = clean_line(raw)
-                text, rank, level = strip_prefixes(raw)
-                reader = readers.setdefault(rank, _Reader())
+                told = strip_prefixes(raw)
+                reader = readers.setdefault(told.speaker, _Reader())
                 groups += 1
-                role = _advance(reader, text, rank, groups)
+                role = _advance(reader, told, groups)
                 raised = None
                 if role == "raised" and reader.open is not None:
                     raised = reader.open
-                    raised.index, raised.text = len(lines), text
+                    raised.index, raised.text = len(lines), told.text
                     exceptions.append(raised)
                     reader.recent, reader.open = (raised, len(lines)), None
                 elif role == "text" and reader.recent is not None and len(lines) - reader.recent[1] <= 8:
                     raised = reader.recent[0]  # a message of several lines
                 elif role == "header":
                     reader.recent = None
-                lines.append(Line(stream, raw, text, rank, level, role, raised))
+                lines.append(Line(stream, raw, *told, role, raised))
     return lines, exceptions
 
 
-def _advance(reader: _Reader, text: str, rank: int | None, fresh: int) -> Role:
+def _advance(reader: _Reader, told: Stripped, fresh: int) -> Role:
+    text = told.text
     stripped = text.strip()
     if not stripped:
         return "blank"
@@ -147,7 +150,7 @@ def _advance(reader: _Reader, text: str, rank: int | None, fresh: int) -> Role:
         reader.secondary = True
     if _HEADER.search(text):
         reader.group = reader.group if reader.chained else fresh
-        reader.open = Raised(reader.group, rank, header=True, secondary=reader.secondary)
+        reader.open = Raised(reader.group, told, header=True, secondary=reader.secondary)
         reader.chained = reader.secondary = reader.after_frame = False
         reader.indent = None
         return "header"
@@ -156,7 +159,7 @@ def _advance(reader: _Reader, text: str, rank: int | None, fresh: int) -> Role:
     if frame is not None or rich is not None:
         if reader.open is None:  # the tail was cut above it
             reader.group = fresh
-            reader.open = Raised(fresh, rank, header=False, secondary=reader.secondary)
+            reader.open = Raised(fresh, told, header=False, secondary=reader.secondary)
         if frame is not None:
             reader.open.frames.append(Frame(frame[2], frame[3] or "", ""))
             reader.indent, reader.after_frame = len(frame[1]), True
@@ -182,7 +185,7 @@ def _advance(reader: _Reader, text: str, rank: int | None, fresh: int) -> Role:
     if exception:
         if reader.open is None:
             reader.open = Raised(
-                reader.group if reader.chained else fresh, rank, header=False, secondary=reader.secondary
+                reader.group if reader.chained else fresh, told, header=False, secondary=reader.secondary
             )
         reader.indent = None
         reader.secondary = False
