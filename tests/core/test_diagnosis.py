@@ -53,9 +53,9 @@ def torch_message(
     """The wording since torch 2.1."""
     return (
         f"{backend} out of memory. Tried to allocate 1.54 GiB. GPU {device} has a total {capacity} of 11.60 GiB of "
-        f"which 512.50 MiB is free. {own}{allowed}Of the allocated memory 10.25 GiB is allocated by PyTorch, {pools}and "
-        f"96.25 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting "
-        f"{hint}"
+        f"which 512.50 MiB is free. {own}{allowed}Of the allocated memory 10.25 GiB is allocated by PyTorch, {pools}"
+        f"and 96.25 MiB is reserved by PyTorch but unallocated. If reserved but unallocated memory is large try "
+        f"setting {hint}"
     )
 
 
@@ -302,6 +302,15 @@ def test_torch_wordings(name: str, message: str, numbers: OomNumbers) -> None:
             4096,
         ),
         ("MemoryError", H, "yes", None),
+        ("numba.cuda.cudadrv.driver.CudaAPIError: [2] cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY", D, "yes", None),
+        (
+            "cupy.cuda.memory.OutOfMemoryError: Out of memory allocating 4,096 bytes (allocated so far: 9 bytes).",
+            D,
+            "yes",
+            4096,
+        ),
+        ("ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.", H, "yes", None),
+        ("java.lang.OutOfMemoryError: Java heap space", H, "yes", None),
         (
             "numpy.core._exceptions.MemoryError: Unable to allocate 12. GiB for an array with shape (9,)",
             H,
@@ -525,6 +534,10 @@ STEPS = [f"step {n} loss 3.{n}" for n in range(100, 110)]
             ],
             id="the launcher killed the survivors",
         ),
+        pytest.param([*trace(BAD_VALUE), "Killed"], id="killed after an error"),
+        pytest.param(
+            ["policy:", "  - CUDA error: out of memory", "  - DefaultCPUAllocator: can't allocate memory"], id="list"
+        ),
         pytest.param(
             [*trace(BAD_VALUE, prefix="[rank0]: "), "  exitcode  : -9 (pid: 7)"], id="killed after another rank's error"
         ),
@@ -586,6 +599,10 @@ def test_the_cause_is_ranked_over_all_ranks() -> None:
         "(Worker rank=1 pid=77) ",
         "(Worker rank=1 pid=77) ERROR 04-02 11:20:31 [executor.py:375] ",
         "[default1]:2026-01-02 03:04:05,678 - trainer - ERROR - ",
+        "2026-01-02T03:04:05.123456789Z stderr F [rank1]: ",
+        "Jan  2 03:04:05 node7 python[77]: [rank1]: ",
+        "[E 2026-01-02 03:04:05,678] [rank1]: ",
+        "2026-01-02 03:04:05.123 | ERROR    | trainer:fit:12 - [rank1]: ",
     ],
 )
 def test_prefixes(prefix: str) -> None:
@@ -601,7 +618,8 @@ def test_prefixes(prefix: str) -> None:
     [
         pytest.param(
             [
-                "torch.cudatorch.cuda.OutOfMemoryErrorOutOfMemoryError.: : CUDA out of memory. Tried to allocate 2.00 MiB."
+                "torch.cudatorch.cuda.OutOfMemoryErrorOutOfMemoryError.: : CUDA out of memory. Tried to allocate "
+                "2.00 MiB. GPU "
             ],
             id="two ranks in one line",
         ),
@@ -691,6 +709,19 @@ def test_a_chained_exception_keeps_its_cause() -> None:
 def test_a_launcher_script_that_raises_its_own_error_does_not_hide_the_childs() -> None:
     own = trace("LaunchFailed: training did not finish", ("sweep.py", "<module>", "launch()"))
     assert said(*trace(OOM), *own).kind is D
+
+
+def test_another_process_has_its_own_say() -> None:
+    worker = trace(OOM, ("worker.py", "train_loop", "loss = model(x)"), prefix="(TrainWorker pid=77) ")
+    driver = trace("TrialFailed: see the logs", ("driver.py", "<module>", "tuner.fit()"))
+    found = said(*worker, *driver)
+    assert (found.kind, found.is_oom, found.rank) == (D, "yes", None)
+
+
+def test_an_uncaught_oom_among_bars_that_look_like_steps_is_not_dismissed() -> None:
+    bars = [f"tokenizing: {n}/900 [00:0{n}<00:09]" for n in range(1, 9)]
+    assert said(*trace(OOM), *bars).is_oom == "suspected"
+    assert said(*trace(OOM), *bars, exit=ExitStatus(signal=15)).is_oom == "no"
 
 
 def test_a_real_shortage_that_surfaces_as_something_else() -> None:
