@@ -27,6 +27,7 @@ from .core.events import (
     RunCreated,
     TrainerReported,
 )
+from .core.state import Attempt
 from .dialects.base import Dialect, Seen
 from .process import Ended, TrainerProcess
 from .tail import LineTail, Tail, last_bytes
@@ -45,26 +46,29 @@ class Echo(Struct):
 
 
 class AttemptWatch:
-    """Follows attempt `n` of `run` in `directory` until it has ended."""
+    """Follows one attempt of `run` in `directory` until it has ended."""
 
     def __init__(
         self,
         run: RunCreated,
-        n: int,
         directory: Path,
         process: TrainerProcess,
         dialect: Dialect,
         echo: Echo,
         keeper: Keeper | None,
-        from_step: int,
+        known: Attempt,
+        saved_step: int,
     ) -> None:
+        """`known` and `saved_step` (of the newest checkpoint) are what the journal has already, after a takeover."""
+        n = known.n
         self.run, self.n, self.directory, self.process = run, n, directory, process
         self._dialect, self._echo, self._keeper = dialect, echo, keeper
         self._stdout = LineTail(directory / "stdout.log")
         self._stderr = Tail(directory / "stderr.log")
         self._reports = LineTail(directory / "events.jsonl")
         self._budget = LineTail(directory / "budget.jsonl")
-        self._from_step = self._step = from_step
+        self._from_step, self._step = known.from_step, known.step
+        self._budget_told, self._saved_step = known.budget_confirmed, saved_step
         self._progress: Progress | None = None
         self._progress_at = 0.0
         self._polled_at = 0.0
@@ -115,8 +119,9 @@ class AttemptWatch:
                 continue  # a compile worker or a helper of the trainer; each has its own limit
             where, limit = report["where"], int(report["limit_bytes"])
             in_force = host.data_limit_bytes(self.process.pid)
-            if where == "host" and in_force is not None and in_force != limit:
+            if self._budget_told or (where == "host" and in_force is not None and in_force != limit):
                 continue
+            self._budget_told = True
             yield BudgetApplied(
                 attempt=self.n, where=where, baseline_bytes=int(report["baseline_bytes"]), limit_bytes=limit
             )
@@ -157,11 +162,11 @@ class AttemptWatch:
                     where=where,
                 )
             case "checkpoint":
-                step = int(report["step"])
+                step, path = int(report["step"]), Path(self.run.cwd) / str(report["path"])
                 self._step = max(self._step, step)
-                yield CheckpointSaved(
-                    attempt=self.n, step=step, path=str(report["path"]), bytes=int(report.get("bytes", 0))
-                )
+                if step > self._saved_step:
+                    self._saved_step = step
+                    yield CheckpointSaved(attempt=self.n, step=step, path=str(path), bytes=int(report.get("bytes", 0)))
             case "unavailable":
                 yield KnobUnavailable(attempt=self.n, knob=str(report["knob"]), reason=str(report["reason"])[:300])
             case "failed":
@@ -246,7 +251,7 @@ class AttemptWatch:
         """The last facts of the attempt: everything unread, then the incident if it was one, then its end."""
         yield from self.observe(None, final=True)
         diagnosis = self._diagnose(ended)
-        if diagnosis.is_oom == "yes":
+        if diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and diagnosis.kind == "device_oom"):
             yield self._out_of_memory(diagnosis)
         phase = diagnosis.phase or (self._failure.phase if self._failure else None)
         yield AttemptEnded(
@@ -298,7 +303,7 @@ class AttemptWatch:
 def _how_it_ended(ended: Ended, diagnosis: Diagnosis) -> str:
     if ended.exec_error is not None:
         return f"the trainer could not be executed: {ended.exec_error[1]}"
-    return diagnosis.message or describe_exit(ended.exit)
+    return "" if diagnosis.message.startswith("ended by signal") else diagnosis.message
 
 
 def describe_exit(status: ExitStatus) -> str:

@@ -171,7 +171,14 @@ class Supervisor:
         if attempt.pid is None:
             self.record(AttemptStarted(attempt=n, pid=pid, start_ticks=ticks))
         self.watch = AttemptWatch(
-            self.run_spec, n, folder, trainer, self.dialect, self.tell.echo, self._keeper(), attempt.from_step
+            self.run_spec,
+            folder,
+            trainer,
+            self.dialect,
+            self.tell.echo,
+            self._keeper(),
+            known=attempt,
+            saved_step=self.state.checkpoint.step if self.state.checkpoint else -1,
         )
         self.watch.device_peak = self.sampler.device_peak
         self.sampler.begin(n, pid)

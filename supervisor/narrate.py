@@ -52,10 +52,8 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
         case OomDetected():
             return "OOM", _oom(event)
         case AttemptEnded() if event.diagnosis not in ("success", "device_oom", "host_oom"):
-            return (
-                "ended",
-                f"attempt {event.attempt} at step {event.step}: {describe_exit(event.exit)}; {event.message}",
-            )
+            told = f"; {event.message}" if event.message else ""
+            return "ended", f"attempt {event.attempt} at step {event.step}: {describe_exit(event.exit)}{told}"
         case RemediationChosen():
             verb = "" if event.applied else "would do: "
             wait = f", waiting up to {format_duration(event.wait_for_memory_s)}" if event.wait_for_memory_s else ""

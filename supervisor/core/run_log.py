@@ -1,4 +1,4 @@
-"""The post-mortem as data, a pure function of the journal: what `gpusup log RUN -o json` prints (schemas/log-v1.json)."""
+"""The post-mortem as data, a pure function of the journal; schemas/log-v1.json is its contract."""
 
 from datetime import datetime
 from typing import Literal
