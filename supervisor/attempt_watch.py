@@ -3,7 +3,6 @@
 Everything here is observation; nothing is decided, and what could not be observed makes no event.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ from msgspec import Struct
 
 from . import host
 from .checkpoints import Checked, Keeper
-from .core.diagnosis import Diagnosis, Evidence, ExitStatus, TrainerFailure, clean_lines, diagnose
 from .core.events import (
     AnyEvent,
     AttemptEnded,
@@ -28,6 +26,7 @@ from .core.events import (
     TrainerReported,
 )
 from .core.state import Attempt
+from .core.verdict import Diagnosis, Evidence, TrainerFailure
 from .dialects.base import Dialect, Seen
 from .process import Ended, TrainerProcess
 from .tail import LineTail, Tail, last_bytes
@@ -268,6 +267,8 @@ class AttemptWatch:
         )
 
     def _diagnose(self, ended: Ended) -> Diagnosis:
+        from .core.diagnosis import clean_lines, diagnose  # compiling its patterns takes longer than starting a trainer
+
         kills = host.oom_kills()
         delta = 0 if kills is None or self._oom_kills is None else max(0, kills - self._oom_kills)
         return diagnose(
@@ -304,16 +305,6 @@ def _how_it_ended(ended: Ended, diagnosis: Diagnosis) -> str:
     if ended.exec_error is not None:
         return f"the trainer could not be executed: {ended.exec_error[1]}"
     return "" if diagnosis.message.startswith("ended by signal") else diagnosis.message
-
-
-def describe_exit(status: ExitStatus) -> str:
-    """An exit status in words."""
-    if status.signal is not None:
-        try:
-            return f"ended by {signal.Signals(status.signal).name}"
-        except ValueError:
-            return f"ended by signal {status.signal}"
-    return "its exit status is unknown" if status.code is None else f"exit status {status.code}"
 
 
 def _object(line: bytes) -> dict[str, Any]:

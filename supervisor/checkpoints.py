@@ -6,17 +6,18 @@ from the pickle's opcodes, which executes nothing.
 
 import fcntl
 import os
-import pickletools
 import queue
 import re
-import shutil
 import threading
-import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from .journal import sync_directory
+
+if TYPE_CHECKING:
+    from zipfile import ZipFile
 
 FICLONE = 0x40049409
 COPIES_KEPT = 2
@@ -36,6 +37,8 @@ class Checked(Struct, frozen=True, kw_only=True):
 
 def check(path: Path) -> Checked:
     """Read the whole file: zip directory, every CRC, and the step it was saved at."""
+    import zipfile  # not needed before there is a checkpoint
+
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
@@ -55,8 +58,10 @@ def _step_in_name(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _step_in_pickle(archive: zipfile.ZipFile) -> int | None:
+def _step_in_pickle(archive: "ZipFile") -> int | None:
     """The integer that follows the key `iter_num`."""
+    import pickletools
+
     entry = next((e for e in archive.infolist() if e.filename.endswith("/data.pkl")), None)
     if entry is None or entry.file_size > MAX_PICKLE_BYTES:
         return None
@@ -76,7 +81,8 @@ def copy_file(source: Path, target: Path) -> None:
         try:
             fcntl.ioctl(writing.fileno(), FICLONE, reading.fileno())
         except OSError:
-            shutil.copyfileobj(reading, writing, 1 << 20)
+            while chunk := reading.read(1 << 20):
+                writing.write(chunk)
         writing.flush()
         os.fsync(writing.fileno())
     temporary.rename(target)

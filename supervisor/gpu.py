@@ -1,9 +1,13 @@
 """GPU memory through NVML. Initialised only when asked, never creates a CUDA context; what NVML cannot say is None."""
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 from msgspec import Struct
+
+DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
+"""Linux, WSL2, Jetson: without one of these there is no driver to ask, and loading NVML would only take time."""
 
 
 class Gpu(Struct, frozen=True, kw_only=True):
@@ -24,6 +28,8 @@ class Nvml:
 
     def __init__(self) -> None:
         self._nvml: ModuleType | None = None
+        if not any(Path(device).exists() for device in DEVICES):
+            return
         try:
             import pynvml
 

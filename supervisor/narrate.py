@@ -1,7 +1,7 @@
 """Events as sentences for a person, the same live and in `gpusup log`."""
 
-from .attempt_watch import describe_exit
-from .core.diagnosis import OomNumbers
+import signal
+
 from .core.events import (
     AnyEvent,
     AttemptEnded,
@@ -25,6 +25,7 @@ from .core.events import (
     SupervisorStarted,
 )
 from .core.ladder import describe, describe_changes
+from .core.verdict import ExitStatus, OomNumbers
 from .units import format_bytes, format_duration
 
 LABEL_WIDTH = 8
@@ -108,3 +109,13 @@ def describe_numbers(numbers: OomNumbers) -> str:
     if numbers.reserved_unallocated_bytes is not None:
         parts.append(f"{format_bytes(numbers.reserved_unallocated_bytes)} reserved but unallocated")
     return "; ".join(parts)
+
+
+def describe_exit(status: ExitStatus) -> str:
+    """An exit status in words."""
+    if status.signal is not None:
+        try:
+            return f"ended by {signal.Signals(status.signal).name}"
+        except ValueError:
+            return f"ended by signal {status.signal}"
+    return "its exit status is unknown" if status.code is None else f"exit status {status.code}"

@@ -15,7 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from . import shim
-from .core.diagnosis import ExitStatus
+from .core.verdict import ExitStatus
 from .errors import GpusupError
 
 START_TIMEOUT_S = 30.0

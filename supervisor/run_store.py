@@ -7,7 +7,6 @@ attempts/001/               stdout.log stderr.log events.jsonl start.json exit.j
 """
 
 import os
-import secrets
 from pathlib import Path
 
 from .core.events import AnyEvent
@@ -55,7 +54,7 @@ def create_run() -> RunDirectory:
     runs = state_home() / "runs"
     runs.mkdir(parents=True, exist_ok=True, mode=0o700)
     while True:
-        path = runs / "".join(secrets.choice(_ALPHABET) for _ in range(6))
+        path = runs / "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(6))
         try:
             path.mkdir(mode=0o700)
         except FileExistsError:

@@ -8,12 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from msgspec import Struct
-
 from .oom_text import (
     CONSEQUENCE,
-    DiagnosisKind,
-    OomNumbers,
     Strength,
     Wording,
     clean_line,
@@ -27,6 +23,7 @@ from .oom_text import (
     strip_prefixes,
 )
 from .tracebacks import Line, Raised, infer_phase, read_output
+from .verdict import Diagnosis, DiagnosisKind, Evidence, ExitStatus, OomNumbers, TrainerFailure
 
 __all__ = [
     "Diagnosis",
@@ -39,43 +36,6 @@ __all__ = [
     "diagnose",
     "is_fragmentation",
 ]
-
-
-class ExitStatus(Struct, frozen=True, kw_only=True):
-    """Both None: nobody saw the end."""
-
-    code: int | None = None
-    signal: int | None = None
-
-
-class TrainerFailure(Struct, frozen=True, kw_only=True):
-    """What a cooperating trainer reported of itself before it died."""
-
-    phase: str
-    step: int | None = None
-    type: str
-    message: str
-    block_size: int | None = None
-
-
-class Evidence(Struct, frozen=True, kw_only=True):
-    exit: ExitStatus
-    stderr: tuple[str, ...] = ()
-    """The last lines of this attempt only; what an earlier attempt left would be taken for this one's."""
-    stdout: tuple[str, ...] = ()
-    failure: TrainerFailure | None = None
-    host_oom_kills: int = 0
-    """How far the kernel's count of OOM kills in our cgroup rose during the attempt."""
-
-
-class Diagnosis(Struct, frozen=True, kw_only=True):
-    kind: DiagnosisKind
-    is_oom: Literal["yes", "no", "suspected"] = "no"
-    phase: str | None = None
-    rank: int | None = None
-    numbers: OomNumbers = OomNumbers()
-    message: str = ""
-    evidence: tuple[str, ...] = ()
 
 
 def is_fragmentation(numbers: OomNumbers) -> bool:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from .diagnosis import ExitStatus, OomNumbers
 from .policy import ConsentClass, Policy, Scalar, Settings
+from .verdict import ExitStatus, OomNumbers
 
 JOURNAL_VERSION = 1
 

@@ -4,40 +4,9 @@ Every pattern is linear-time: no nested quantifiers, and each repetition over fr
 """
 
 import re
-from enum import StrEnum
 from typing import Literal, NamedTuple
 
-from msgspec import Struct
-
-
-class DiagnosisKind(StrEnum):
-    DEVICE_OOM = "device_oom"
-    HOST_OOM = "host_oom"
-    SHM_OOM = "shm_oom"
-    HOST_OOM_SUSPECTED = "host_oom_suspected"
-    DISK_FULL = "disk_full"
-    USER_INTERRUPT = "user_interrupt"
-    EXEC_FAILED = "exec_failed"
-    DISTRIBUTED = "distributed"
-    CUDA_CONTEXT = "cuda_context"
-    GPU_LOST = "gpu_lost"
-    ERROR = "error"
-    SIGNAL = "signal"
-    SUCCESS = "success"
-    UNKNOWN = "unknown"
-
-
-class OomNumbers(Struct, frozen=True, kw_only=True):
-    """What the message states, in bytes. None: it does not say."""
-
-    tried_to_allocate_bytes: int | None = None
-    total_bytes: int | None = None
-    free_bytes: int | None = None
-    allowed_bytes: int | None = None
-    allocated_bytes: int | None = None
-    reserved_unallocated_bytes: int | None = None
-    process_in_use_bytes: int | None = None
-
+from .verdict import DiagnosisKind, OomNumbers
 
 # --- cleaning ---------------------------------------------------------------------------------------------------------
 

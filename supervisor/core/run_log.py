@@ -6,12 +6,12 @@ from typing import Literal
 from msgspec import Struct
 
 from .decide import succeeded
-from .diagnosis import ExitStatus
 from .effects import Effect, effects
 from .events import AnyEvent, AttemptEnded, CheckpointSaved, OomDetected, Progress, RunResult
 from .ladder import describe
 from .policy import Settings
 from .state import Attempt, State, fold
+from .verdict import ExitStatus
 
 SCHEMA_VERSION = 1
 

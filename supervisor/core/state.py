@@ -10,7 +10,6 @@ from typing import assert_never
 from msgspec import Struct
 from msgspec.structs import replace
 
-from .diagnosis import ExitStatus
 from .events import (
     AnyEvent,
     AttemptEnded,
@@ -42,6 +41,7 @@ from .events import (
     TrainerReported,
 )
 from .policy import ACCUMULATION, MICRO_BATCH, Settings
+from .verdict import ExitStatus
 
 GROWTH = frozenset({"device_oom", "host_oom"})
 """Diagnoses in which the attempt's own growth ran out of memory: its combination of settings does not fit."""
@@ -217,7 +217,7 @@ def _evolve(state: State, event: AnyEvent) -> State:
             now = event.now or (state.stop_asked is not None and state.stop_asked.now)
             return replace(state, stop_asked=replace(event, now=now))
         case Finished():
-            return replace(state, finished=event)
+            return replace(state, finished=event, decided=True)
         case AttemptPlanned():
             return _planned(state, event)
         case (

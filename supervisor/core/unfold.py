@@ -1,7 +1,6 @@
 """The ladder as it would unfold, shown before the night: `decide` itself, fed with one OOM after another."""
 
 from .decide import decide
-from .diagnosis import ExitStatus, OomNumbers
 from .events import (
     AnyEvent,
     AttemptEnded,
@@ -15,6 +14,7 @@ from .events import (
     RunCreated,
 )
 from .state import State, evolve
+from .verdict import ExitStatus, OomNumbers
 
 MAX_RUNGS = 200
 
