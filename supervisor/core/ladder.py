@@ -139,7 +139,7 @@ def _micro_batches_up(state: State) -> list[Changes]:
     """Larger micro-batches up to the initial one, the next larger first."""
     assert state.run is not None
     initial, current = state.run.settings.get(MICRO_BATCH), state.settings.get(MICRO_BATCH)
-    if not isinstance(initial, int) or not isinstance(current, int):
+    if not isinstance(initial, int) or not isinstance(current, int) or state.global_batch_size is None:
         return []
     return [_to_micro_batch(state, m) for m in _exact(state) if current < m <= initial]
 
