@@ -173,11 +173,12 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
         return Finished(result="failed", exit_code=EXIT_SELF, why=why)
     if succeeded(attempt):
         return Finished(result="done", exit_code=0, why=_success(state))
-    if attempt.stop is not None and state.probation is not None and state.probation.attempt > attempt.n:
+    if attempt.stop is not None and attempt.oom is None:  # it left because it was told to
         return _plan(state, policy)
     if state.probation is not None:
+        tried = state.probation.attempt <= attempt.n  # or out of memory while leaving, before the try could begin
         wait = ladder.wait_steps(state, policy, state.probation.lever) * (
-            policy.restore.backoff if policy.restore else 1
+            policy.restore.backoff if policy.restore and tried else 1
         )
         return RestorationReverted(
             attempt=attempt.n,

@@ -217,7 +217,8 @@ def _evolve(state: State, event: AnyEvent) -> State:
             now = event.now or (state.stop_asked is not None and state.stop_asked.now)
             return replace(state, stop_asked=replace(event, now=now))
         case Finished():
-            return replace(state, finished=event, decided=True)
+            incident = state.attempt is not None and state.attempt.oom is not None and not state.decided
+            return replace(state, finished=event, decided=not incident)  # taken over, an OOM is still to be remedied
         case AttemptPlanned():
             return _planned(state, event)
         case (
@@ -261,12 +262,14 @@ def _evolve(state: State, event: AnyEvent) -> State:
         case RestorationKept():
             return replace(state, probation=None)
         case RestorationReverted():
+            tried = state.probation is None or state.probation.attempt <= event.attempt
+            tries = state.failed_tries.get(event.lever, 0) + 1
             return replace(
                 state,
                 settings=applied(state.settings, event.changes),
                 probation=None,
-                decided=True,
-                failed_tries={**state.failed_tries, event.lever: state.failed_tries.get(event.lever, 0) + 1},
+                decided=tried,  # else the attempt itself is still to be decided upon
+                failed_tries={**state.failed_tries, event.lever: tries} if tried else state.failed_tries,
             )
         case _:
             assert_never(event)
