@@ -37,7 +37,7 @@ def decide(state: State, policy: Policy, now: float) -> AnyEvent | None:
     attempt = state.attempt
     if attempt is not None and not attempt.ended:
         return _while_running(state, policy, attempt, now)
-    if state.stop_asked is not None and not (attempt is not None and succeeded(attempt)):
+    if state.stop_asked is not None and not (attempt is not None and _complete(state, attempt)):
         return Finished(result="stopped", exit_code=EXIT_STOPPED, why=f"stopped by {state.stop_asked.by}")
     if attempt is not None and not state.decided:
         return _after_attempt(state, policy, attempt)
@@ -171,7 +171,7 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
             "the memory budget did not take effect in the trainer (python -I ignores it, and so does a non-Python one)"
         )
         return Finished(result="failed", exit_code=EXIT_SELF, why=why)
-    if succeeded(attempt):
+    if _complete(state, attempt):
         return Finished(result="done", exit_code=0, why=_success(state))
     if attempt.stop is not None and attempt.oom is None:  # it left because it was told to
         return _plan(state, policy)
@@ -190,6 +190,12 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
     if attempt.oom is not None and _covered(state, attempt):
         return _remediation(state, policy, attempt)
     return Finished(result="failed", exit_code=exit_code(attempt), why=_not_covered(state, attempt))
+
+
+def _complete(state: State, attempt: Attempt) -> bool:
+    """Whether training has reached its end; some trainers exit with 0 when they are told to leave before it."""
+    left = attempt.stop is not None and state.target_steps is not None and attempt.step < state.target_steps
+    return succeeded(attempt) and not left
 
 
 def _covered(state: State, attempt: Attempt) -> bool:
