@@ -29,9 +29,8 @@ from .core.events import (
     StopRequested,
     SupervisorStarted,
 )
-from .core.ladder import FOREIGN_BYTES
 from .core.policy import Settings
-from .core.state import State, evolve
+from .core.state import FOREIGN_BYTES, State, evolve
 from .dialects.base import Dialect
 from .journal import Journal
 from .launch_env import environment

@@ -8,11 +8,7 @@ from msgspec import Struct
 from .batch import accumulation_for, exact_micro_batches
 from .events import Change, Changes, RemediationChosen
 from .policy import ACCUMULATION, MICRO_BATCH, Policy, Remediation, Settings
-from .state import State, applied
-
-FOREIGN_BYTES = 256 << 20
-"""Less than this in the hands of other processes is a desktop, not a cause."""
-
+from .state import State, applied, held_by_others
 
 class Not(Struct, frozen=True):
     """Not applicable. `why` is told once; empty means there is nothing worth telling."""
@@ -39,9 +35,9 @@ def _consider_waiting(state: State) -> Changes | Not:
     oom = state.attempt.oom if state.attempt else None
     if oom is None or oom.diagnosis != "device_oom":
         return Not("it is for GPU memory held by other processes")
-    if (oom.foreign_bytes or 0) < FOREIGN_BYTES:
-        return Not("" if oom.foreign_bytes is not None else "what other processes hold could not be observed")
-    return {}
+    if oom.foreign_bytes is None:
+        return Not("what other processes hold could not be observed")
+    return {} if held_by_others(oom) else Not()
 
 
 def _consider_set(state: State, wanted: Settings) -> Changes | Not:

@@ -47,6 +47,17 @@ GROWTH = frozenset({"device_oom", "host_oom"})
 """Diagnoses in which the attempt's own growth ran out of memory: its combination of settings does not fit."""
 
 
+FOREIGN_BYTES = 256 << 20
+"""Less than this in the hands of other processes is a desktop, not a cause."""
+
+
+def held_by_others(oom: OomDetected) -> bool:
+    """Whether other processes held what was missing: then the settings may fit without them."""
+    tried, free = oom.numbers.tried_to_allocate_bytes, oom.numbers.free_bytes
+    missing = 0 if tried is None else tried - min(free or 0, tried)
+    return oom.foreign_bytes is not None and oom.foreign_bytes >= max(missing, FOREIGN_BYTES)
+
+
 class CheckpointRef(Struct, frozen=True):
     """A checkpoint of this run; `source` is the file to verify and resume from."""
 
@@ -383,8 +394,7 @@ def _peak(state: State, event: PeakMeasured) -> State:
 def _out_of_memory(state: State, event: OomDetected) -> State:
     state = _update(state, event.attempt, oom=event)
     attempt = next((a for a in state.attempts if a.n == event.attempt), None)
-    foreign = event.foreign_bytes is not None and event.foreign_bytes >= (event.numbers.tried_to_allocate_bytes or 1)
-    if attempt is None or event.diagnosis not in GROWTH or foreign:
+    if attempt is None or event.diagnosis not in GROWTH or held_by_others(event):
         return state
     combination = Combination.of(attempt.settings)
     if combination in state.failed:
