@@ -52,13 +52,16 @@ class RunDirectory:
 def create_run() -> RunDirectory:
     """A new, empty run directory, mode 0700."""
     runs = state_home() / "runs"
-    runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    runs.parent.parent.mkdir(parents=True, exist_ok=True)
+    for private in (runs.parent, runs):
+        private.mkdir(exist_ok=True, mode=0o700)
     while True:
         path = runs / "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(6))
         try:
             path.mkdir(mode=0o700)
         except FileExistsError:
             continue
+        (path / "attempts").mkdir(mode=0o700)
         (path / "created").touch(mode=0o600)
         return RunDirectory(path)
 
