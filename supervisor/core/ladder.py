@@ -22,7 +22,8 @@ class Not(Struct, frozen=True):
 def consider_rung(state: State, index: int, rung: Remediation) -> Changes | Not:
     """The changes rung `index` would make now, or why it does not apply."""
     if rung.wait_for_memory_s is not None:
-        return _consider_waiting(state)
+        in_vain = Not("it was waited for in this run, and others kept the memory")
+        return in_vain if index in state.useless_rungs else _consider_waiting(state)
     for knob, wanted in rung.when.items():
         if knob in state.settings and state.settings[knob] != wanted:
             return Not(f"it is for {knob} {show(wanted)}, and {knob} is {show(state.settings[knob])}")

@@ -263,7 +263,10 @@ def _evolve(state: State, event: AnyEvent) -> State:
                 waiting_for_memory_s=event.wait_for_memory_s if event.applied else None,
             )
         case MemoryWaited():
-            return replace(state, waiting_for_memory_s=None)
+            state, waited = replace(state, waiting_for_memory_s=None), state.last_remediation
+            if event.enough or waited is None:
+                return state
+            return replace(state, decided=False, useless_rungs=(*state.useless_rungs, waited.rung))
         case RemediationSkipped():
             return replace(state, skipped=state.skipped | {(f"rung {event.rung}", event.because)})
         case RestorationSkipped():
