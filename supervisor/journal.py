@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from .core.events import JOURNAL_VERSION, AnyEvent, Note, PeakMeasured, Progress
-from .errors import JournalError, RunLocked
+from .errors import GpusupError, JournalError, RunLocked
 
 _ENCODER = msgspec.json.Encoder()
 _DECODER: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
@@ -101,13 +101,30 @@ class Journal:
         sync_directory(path.parent)
 
     def append(self, event: AnyEvent) -> AnyEvent:
-        """Write `event`, stamped; durable on return unless it is one of `NOT_SYNCED`."""
+        """Write `event`, stamped; durable on return unless it is one of `NOT_SYNCED`.
+
+        Raises:
+            GpusupError: it could not be written (a full disk, say); the journal is left as it was.
+        """
         stamped: AnyEvent = replace(event, seq=self._seq + 1, at=utc_now(), mono=round(time.monotonic(), 3))
-        os.write(self._fd, _ENCODER.encode(stamped) + b"\n")
+        self._write(_ENCODER.encode(stamped) + b"\n")
         if not isinstance(stamped, NOT_SYNCED):
             os.fdatasync(self._fd)
         self._seq += 1
         return stamped
+
+    def _write(self, line: bytes) -> None:
+        end = os.fstat(self._fd).st_size
+        try:
+            written = os.write(self._fd, line)
+            while written < len(line):  # the disk is nearly full: the next write says so, or goes on
+                written += os.write(self._fd, line[written:])
+        except OSError as error:
+            os.ftruncate(self._fd, end)
+            raise GpusupError(
+                f"{self.path}: the journal cannot be written ({error.strerror}); the trainer, if any, goes on. "
+                f"`gpusup resume {self.path.parent.name}` takes over once that is mended"
+            ) from None
 
     def close(self) -> None:
         """Release the lock."""
