@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from .core.events import AnyEvent
-from .errors import NoSuchRun
+from .errors import JournalError, NoSuchRun
 from .journal import read
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -95,7 +95,10 @@ def find_run(wanted: str) -> RunDirectory:
     if by_id:
         return next((run for run in by_id if run.id == wanted), by_id[0])
     for run in runs:
-        events = run.events()
+        try:
+            events = run.events()
+        except JournalError:
+            continue  # a damaged journal hides its own name only
         if events and getattr(events[0], "name", None) == wanted:
             return run
     raise NoSuchRun(f"no run matches {wanted!r}; `gpusup log` lists them")
