@@ -78,7 +78,7 @@ def execute(directory: str, cwd: str, argv: list[str], failed_w: int) -> None:
     """Become the trainer: own session, output to its own append-only files, default signals."""
     try:
         os.setsid()
-        for number in IGNORED:
+        for number in (*IGNORED, signal.SIGXFSZ):  # Python itself ignores SIGPIPE and SIGXFSZ
             signal.signal(number, signal.SIG_DFL)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
