@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,18 @@ def launch(directory: Path, argv: tuple[str, ...], cwd: str, environment: dict[s
     Returns the process, or how it ended if that is already known (it could not be executed, say).
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (directory / "shim.log").open("ab") as log:
-        command = [sys.executable, "-I", "-S", shim.__file__, str(directory), cwd, *argv]
-        starter = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-        code = starter.wait(START_TIMEOUT_S)
-    found = adopt(directory)
+    command = [sys.executable, "-I", "-S", shim.__file__, str(directory), cwd, *argv]
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        with (directory / "shim.log").open("ab") as log:
+            starter = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+            code = starter.wait(START_TIMEOUT_S)
+        found = adopt(directory)
+        if found is not None or code != shim.BUSY or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)  # another's shim is about to record the trainer, or to die without one
     if found is None:
         raise GpusupError(f"the attempt could not be started (code {code}); see {directory / 'shim.log'}")
     return found
@@ -98,7 +104,7 @@ def adopt(directory: Path) -> TrainerProcess | Ended | None:
     process = TrainerProcess(
         directory, started["pid"], started["start_ticks"], started["shim_pid"], started["shim_start_ticks"]
     )
-    return process if process.wait_fd is not None else process.poll()
+    return process.poll() or process
 
 
 def read_end(directory: Path) -> Ended | None:
