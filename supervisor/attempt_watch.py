@@ -70,7 +70,6 @@ class AttemptWatch:
         self._budget_told, self._saved_step = known.budget_confirmed, saved_step
         self._progress: Progress | None = None
         self._progress_at = 0.0
-        self._polled_at = 0.0
         self._failure: TrainerFailure | None = None
         self._in_use_bytes: int | None = None
         self._peak_bytes: int | None = None
@@ -93,9 +92,7 @@ class AttemptWatch:
         yield from self._read_reports(final)
         self._read_output(final)
         now = time.monotonic()
-        if final or now - self._polled_at >= 1.0:
-            self._polled_at = now
-            yield from self._checkpoints(final)
+        yield from self._checkpoints(final)
         pending = self._progress
         if pending is not None:
             reached = interesting_step is not None and pending.step >= interesting_step

@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 FICLONE = 0x40049409
 COPIES_KEPT = 2
+REST_S = 0.3
+"""A file that has not changed for so long is worth copying; the copy is verified all the same."""
 MAX_PICKLE_BYTES = 64 << 20
 INTEGERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4")
 MEMO = ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
@@ -102,15 +105,17 @@ class Keeper:
         self.folder = folder
         self._not_before = not_before
         self._seen: tuple[int, int] | None = None
+        self._seen_at = 0.0
         self._handled: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         self._done: queue.SimpleQueue[Checked] = queue.SimpleQueue()
 
     def poll(self) -> list[Checked]:
-        """Copies completed since the last call. Call about once a second."""
-        version = self._version()
-        resting = version is not None and version == self._seen and version != self._handled
-        self._seen = version
+        """Copies completed since the last call. Cheap; call it often."""
+        version, now = self._version(), time.monotonic()
+        if version != self._seen:
+            self._seen, self._seen_at = version, now
+        resting = version is not None and version != self._handled and now - self._seen_at >= REST_S
         if resting and (self._thread is None or not self._thread.is_alive()):
             self._handled = version
             self._thread = threading.Thread(target=self._keep, daemon=True)

@@ -133,5 +133,3 @@ def end_trainer(attempt: Path) -> None:
             os.killpg(json.loads(start.read_text())["pid"], signal.SIGKILL)
         except ProcessLookupError:
             return
-
-

@@ -20,28 +20,30 @@ def batches(log: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def test_oom_after_progress_is_remediated_resumed_and_explained(gpusup: Gpusup) -> None:
-    """A micro-batch of 12 fits until step 8, then needs 240 MB; 6 (120 MB) and 4 (80 MB) do as 90 MB are allowed."""
-    growth = ("--row_mb=2", "--late_row_mb=20", "--late_step=8", "--max_iters=20")
-    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "100MB", "--", NANOGPT, *BASE, *growth)
+    """From step 8 on a row takes 80 MB: of 12, 8 and 6 rows only the last fit into 600 MB."""
+    growth = ("--row_mb=10", "--late_row_mb=80", "--late_step=8", "--max_iters=20")
+    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "600MB", "--", NANOGPT, *BASE, *growth)
     log = gpusup.log()
     assert done.returncode == 0, done.stderr
     assert log["run"]["state"] == "done"
-    assert batches(log) == [(12, 4), (8, 6), (6, 8), (4, 12)]
+    assert batches(log) == [(12, 4), (8, 6), (6, 8)]
     assert {micro * accumulation for micro, accumulation in batches(log)} == {48} == {log["run"]["global_batch_size"]}
     resumed = of_kind(log, "resumed")
-    assert [event["step"] for event in resumed] == [5, 5, 5]
+    assert [event["step"] for event in resumed] == [5, 5]
     assert all("first batches again" in event["note"] for event in resumed)
     first = of_kind(log, "oom")[0]
-    assert (first["step"], first["numbers"]["tried_to_allocate_bytes"]) == (8, 12 * 20 * 1_000_000)
-    assert "--batch_size=4" in log["attempts"][-1]["argv"]
+    assert (first["step"], first["numbers"]["tried_to_allocate_bytes"]) == (8, 12 * 80 * 1_000_000)
+    assert "--batch_size=6" in log["attempts"][-1]["argv"]
     assert log["attempts"][-1]["argv"].count("--init_from=resume") == 1
     assert "nanoGPT ignores its dtype on a CPU" in json.dumps(of_kind(log, "remediation_skipped"))
-    assert "--batch_size=4 --gradient_accumulation_steps=12" in log["run"]["next_time"]
-    assert log["run"]["lost_steps"] == 9
+    assert "--batch_size=6 --gradient_accumulation_steps=8" in log["run"]["next_time"]
+    assert log["run"]["lost_steps"] == 6
 
 
 def test_log_keeps_to_its_schema(gpusup: Gpusup) -> None:
-    gpusup("run", gpusup.policy(LADDER), "--memory-budget", "100MB", "--", NANOGPT, *BASE, "--row_mb=20", "--max_iters=2")
+    gpusup(
+        "run", gpusup.policy(LADDER), "--memory-budget", "600MB", "--", NANOGPT, *BASE, "--row_mb=80", "--max_iters=2"
+    )
     schemas = ROOT / "supervisor" / "schemas"
     jsonschema.validate(gpusup.log(), json.loads((schemas / "log-v1.json").read_text()))
     event_schema = json.loads((schemas / "journal-v1.json").read_text())
@@ -51,7 +53,7 @@ def test_log_keeps_to_its_schema(gpusup: Gpusup) -> None:
 
 
 def test_ladder_exhausted_is_121_and_says_so(gpusup: Gpusup) -> None:
-    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "30MB", "--", NANOGPT, *BASE, "--row_mb=100")
+    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "300MB", "--", NANOGPT, *BASE, "--row_mb=400")
     log = gpusup.log()
     assert done.returncode == 121
     assert log["run"]["state"] == "gave_up"
@@ -60,8 +62,8 @@ def test_ladder_exhausted_is_121_and_says_so(gpusup: Gpusup) -> None:
 
 
 def test_observing_changes_nothing_and_says_what_it_would_have_done(gpusup: Gpusup) -> None:
-    command = ("--", NANOGPT, *BASE, "--row_mb=50")
-    done = gpusup("run", "--observe", gpusup.policy(LADDER), "--memory-budget", "100MB", *command)
+    command = ("--", NANOGPT, *BASE, "--row_mb=80")
+    done = gpusup("run", "--observe", gpusup.policy(LADDER), "--memory-budget", "600MB", *command)
     log = gpusup.log()
     assert done.returncode == 1
     assert len(log["attempts"]) == 1
@@ -70,8 +72,8 @@ def test_observing_changes_nothing_and_says_what_it_would_have_done(gpusup: Gpus
 
 
 def test_restart_before_the_first_checkpoint_begins_at_zero_and_says_so(gpusup: Gpusup) -> None:
-    growth = ("--row_mb=2", "--late_row_mb=8", "--late_step=3", "--max_iters=6")
-    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "80MB", "--", NANOGPT, *BASE, *growth)
+    growth = ("--row_mb=10", "--late_row_mb=60", "--late_step=3", "--max_iters=6")
+    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "600MB", "--", NANOGPT, *BASE, *growth)
     resumed = of_kind(gpusup.log(), "resumed")
     assert done.returncode == 0, done.stderr
     assert [(event["step"], event["lost_steps"]) for event in resumed] == [(0, 3)]
@@ -81,8 +83,8 @@ def test_restart_before_the_first_checkpoint_begins_at_zero_and_says_so(gpusup: 
 
 def test_a_checkpoint_of_another_run_in_the_same_folder_is_not_resumed(gpusup: Gpusup) -> None:
     gpusup("run", gpusup.policy(LADDER), "--", NANOGPT, *BASE, "--max_iters=6")
-    growth = ("--row_mb=2", "--late_row_mb=8", "--late_step=3", "--max_iters=6")
-    gpusup("run", gpusup.policy(LADDER), "--memory-budget", "80MB", "--", NANOGPT, *BASE, *growth)
+    growth = ("--row_mb=10", "--late_row_mb=60", "--late_step=3", "--max_iters=4")
+    gpusup("run", gpusup.policy(LADDER), "--memory-budget", "600MB", "--", NANOGPT, *BASE, *growth)
     assert [event["step"] for event in of_kind(gpusup.log(), "resumed")] == [0]
 
 
@@ -110,7 +112,9 @@ def test_budget_that_does_not_take_effect_is_refused(gpusup: Gpusup) -> None:
 
 def test_budget_is_confirmed_by_the_kernel(gpusup: Gpusup) -> None:
     script = gpusup.folder / "show.py"
-    script.write_text("import torch, resource\nprint(resource.getrlimit(resource.RLIMIT_DATA)[0])\nprint(len(open(0).read()))\n")
+    script.write_text(
+        "import torch, resource\nprint(resource.getrlimit(resource.RLIMIT_DATA)[0])\nprint(len(open(0).read()))\n"
+    )
     run = gpusup.start("run", "--memory-budget", "100MB", "default", "--", sys.executable, str(script))
     _, output = finish(run)
     (applied,) = of_kind(gpusup.log(), "budget_applied")
@@ -119,9 +123,9 @@ def test_budget_is_confirmed_by_the_kernel(gpusup: Gpusup) -> None:
 
 
 def test_supervisor_killed_during_the_ladder_then_resume_goes_on(gpusup: Gpusup) -> None:
-    growth = ("--row_mb=2", "--late_row_mb=8", "--late_step=8", "--max_iters=20", "--step_s=0.1")
+    growth = ("--row_mb=10", "--late_row_mb=60", "--late_step=8", "--max_iters=20", "--step_s=0.1")
     command = ("--", NANOGPT, *BASE, *growth)
-    first = gpusup.start("run", gpusup.policy(LADDER), "--memory-budget", "80MB", *command)
+    first = gpusup.start("run", gpusup.policy(LADDER), "--memory-budget", "600MB", *command)
     read_until(first, b"attempt 2 from step 5")
     first.kill()
     first.wait()

@@ -62,10 +62,13 @@ while True:
         rows = torch.ones(batch_size, (late_row_mb if iter_num >= late_step else row_mb) * 250_000)
         loss = (rows.mean(dim=1).sum() * 0 + (weight**2).sum() + 1) / gradient_accumulation_steps
         loss.backward()
+        del rows
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     time.sleep(step_s)
-    print(f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, time {1000 * (time.time() - begin):.2f}ms, mfu -100.00%")
+    print(
+        f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, time {1000 * (time.time() - begin):.2f}ms, mfu -100.00%"
+    )
     iter_num += 1
     if iter_num > max_iters:
         break
