@@ -10,6 +10,7 @@ from .events import Change, Changes, RemediationChosen
 from .policy import ACCUMULATION, MICRO_BATCH, Policy, Remediation, Settings
 from .state import State, applied, held_by_others
 
+
 class Not(Struct, frozen=True):
     """Not applicable. `why` is told once; empty means there is nothing worth telling."""
 
