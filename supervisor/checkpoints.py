@@ -52,7 +52,7 @@ def check(path: Path) -> Checked:
             return Checked(path=path, step=_step_in_pickle(archive) if step is None else step, bytes=size)
     except FileNotFoundError:
         return Checked(path=path, problem="it does not exist")
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever a damaged zip or pickle makes of its readers
         return Checked(path=path, problem=f"it is torn or damaged ({error})")
 
 
@@ -176,7 +176,9 @@ def place_for_resume(copy: Path, target: Path, aside: str) -> str:
         return ""
     done = f"{target.name} put back from gpusup's verified copy of step {wanted.step}"
     if target.exists():
-        moved = target.with_name(f"{target.name}.{aside}")
+        moved, number = target.with_name(f"{target.name}.{aside}"), 2
+        while moved.exists():  # of an earlier run in the same folder
+            moved, number = target.with_name(f"{target.name}.{aside}.{number}"), number + 1
         target.rename(moved)
         done += f" (it {found.problem.removeprefix('it ') or f'was of step {found.step}'}; kept as {moved.name})"
     copy_file(copy, target)
