@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import FAKES, ROOT, Gpusup, finish, kinds, of_kind, read_until
+from program import FAKES, ROOT, Gpusup, finish, kinds, of_kind, read_until
 
 NANOGPT = str(FAKES / "nanogpt_like" / "train.py")
 BASE = ("--device=cpu", "--compile=False", "--eval_interval=5", "--batch_size=12", "--gradient_accumulation_steps=4")

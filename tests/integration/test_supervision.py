@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from conftest import FAKES, Gpusup, finish, kinds, of_kind, read_until, wait_gone
+from program import FAKES, Gpusup, finish, kinds, of_kind, read_until, wait_gone
 
 COOPERATING = str(FAKES / "cooperating.py")
 

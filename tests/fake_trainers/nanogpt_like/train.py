@@ -1,7 +1,7 @@
 """A trainer with nanoGPT's interface and bad habits, small enough for a test; its memory is real.
 
-It saves at evaluations only, rewrites `ckpt.pt` in place, restores no random state, ignores its dtype on a CPU, and knows
-nothing of gpusup. Each row of a micro-batch takes `row_mb` MB, `late_row_mb` from step `late_step` on.
+It saves at evaluations only, rewrites `ckpt.pt` in place, restores no random state, ignores its dtype on a CPU, and
+knows nothing of gpusup. Each row of a micro-batch takes `row_mb` MB, `late_row_mb` from step `late_step` on.
 """
 
 import os
@@ -66,9 +66,8 @@ while True:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     time.sleep(step_s)
-    print(
-        f"iter {iter_num}: loss {loss.item() * gradient_accumulation_steps:.4f}, time {1000 * (time.time() - begin):.2f}ms, mfu -100.00%"
-    )
+    mean, ms = loss.item() * gradient_accumulation_steps, 1000 * (time.time() - begin)
+    print(f"iter {iter_num}: loss {mean:.4f}, time {ms:.2f}ms, mfu -100.00%")
     iter_num += 1
     if iter_num > max_iters:
         break

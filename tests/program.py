@@ -1,4 +1,4 @@
-"""Runs of the real command line with real trainers, each in a home of its own."""
+"""The real command line, run with real trainers in a home of its own. Used by tests of whole runs."""
 
 import json
 import os
@@ -6,13 +6,10 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 FAKES = ROOT / "tests" / "fake_trainers"
 GPUSUP = Path(sys.executable).parent / "gpusup"
 TIMEOUT_S = 120.0
@@ -109,20 +106,6 @@ def kinds(log: dict[str, Any]) -> list[str]:
 
 def of_kind(log: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [event for event in log["events"] if event["kind"] == kind]
-
-
-@pytest.fixture
-def gpusup(tmp_path: Path) -> Iterator[Gpusup]:
-    program = Gpusup(tmp_path)
-    yield program
-    for process in program.started:
-        if process.poll() is None:
-            process.kill()
-        if process.stdout is not None:
-            process.stdout.close()
-        process.wait(TIMEOUT_S)
-    for attempt in program.attempts():
-        end_trainer(attempt)
 
 
 def end_trainer(attempt: Path) -> None:
