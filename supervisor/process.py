@@ -80,7 +80,7 @@ def launch(directory: Path, argv: tuple[str, ...], cwd: str, environment: dict[s
     command = [sys.executable, "-I", "-S", shim.__file__, str(directory), cwd, *argv]
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        with (directory / "shim.log").open("ab") as log:
+        with os.fdopen(os.open(directory / "shim.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             starter = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
