@@ -5,6 +5,7 @@ it is used. Files are loaded as plain data: a checkpoint cannot run code.
 """
 
 import os
+import pickle
 import random
 import re
 import sys
@@ -59,7 +60,12 @@ def load(path: Path) -> dict[str, Any]:
         raise Damaged(f"{path} is damaged ({error})") from None
     if broken is not None:
         raise Damaged(f"{path} is damaged (the checksum of {broken} does not match)")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise TrainerError(
+            f"{path}: holds more than plain data, so it is not loaded; resume from another one"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise TrainerError(f"{path}: not a checkpoint of this trainer (format {FORMAT}); resume from another one")
     return content

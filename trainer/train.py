@@ -47,9 +47,7 @@ checkpoint_interval = 0  # save; 0 means at every evaluation; the last step alwa
 # batch
 batch_size = 12  # samples in a micro-batch: what memory depends on
 gradient_accumulation_steps = 4  # micro-batches in an optimizer step, unless global_batch_size is given
-global_batch_size = (
-    0  # samples in an optimizer step, the last micro-batch may be ragged; 0 means the product of the two
-)
+global_batch_size = 0  # samples in an optimizer step, the last micro-batch may be ragged; 0: the product of the two
 block_size = 256  # context, in tokens
 block_size_start = 0  # context at the beginning, then doubled up to block_size; 0 means block_size throughout
 block_size_warmup_iters = 0  # steps before block_size is reached, shared equally by the shorter contexts
