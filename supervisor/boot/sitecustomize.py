@@ -73,14 +73,18 @@ class AfterImport(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name = name
         self.action = action
+        self.looking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.looking = True  # stays in place until the import: many libraries look for torch first
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return spec
         loader, action = spec.loader, self.action
@@ -88,7 +92,9 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            action(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                action(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
