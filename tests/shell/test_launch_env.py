@@ -1,0 +1,63 @@
+"""What a trainer finds in its environment."""
+
+import os
+from pathlib import Path
+
+import pytest
+from gpusup.supervisor.core.events import RunCreated
+from gpusup.supervisor.core.policy import Policy
+from gpusup.supervisor.launch_env import BOOT, environment
+from gpusup.supervisor.run_store import RunDirectory
+from msgspec.structs import replace
+
+RUN = RunCreated(
+    run_id="abc",
+    name="x",
+    policy_name="p",
+    policy=Policy(),
+    command=("x",),
+    args_from=1,
+    interpreter="",
+    cwd="/",
+    dialect="generic",
+    settings={},
+)
+
+
+def test_promises_of_the_cooperation_protocol_are_kept(tmp_path: Path) -> None:
+    found = environment(RUN, RunDirectory(tmp_path / "abc"), 3)
+    assert found["GPUSUP_RUN_ID"] == "abc"
+    assert found["GPUSUP_ATTEMPT"] == "3"
+    assert found["GPUSUP_EVENTS"] == str(tmp_path / "abc" / "attempts" / "003" / "events.jsonl")
+    assert found["PYTHONUNBUFFERED"] == "1"
+
+
+def test_persons_own_environment_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/my/cache")
+    found = environment(RUN, RunDirectory(tmp_path / "abc"), 1)
+    assert (found["WANDB_MODE"], found["PYTHONPATH"]) == ("offline", "/mine")
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == "/my/cache"
+    assert "GPUSUP_MEMORY_BUDGET" not in found
+
+
+def test_budget_comes_first_on_the_python_path_and_keeps_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    run = replace(RUN, memory_budget_bytes=1000, budget_where="host")
+    found = environment(run, RunDirectory(tmp_path / "abc"), 1)
+    assert found["PYTHONPATH"] == f"{BOOT}{os.pathsep}/mine"
+    assert found["GPUSUP_MEMORY_BUDGET"] == "host:1000"
+    monkeypatch.delenv("PYTHONPATH")
+    assert environment(run, RunDirectory(tmp_path / "abc"), 1)["PYTHONPATH"] == str(BOOT), (
+        "no empty entry: that is the cwd"
+    )
+
+
+def test_gpu_is_named_by_its_uuid_for_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    run = replace(RUN, gpu_uuid="GPU-1", trains_on="gpu")
+    assert environment(run, RunDirectory(tmp_path), 1)["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    assert "CUDA_VISIBLE_DEVICES" not in environment(replace(run, trains_on="host"), RunDirectory(tmp_path), 1)
