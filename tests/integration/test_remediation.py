@@ -165,3 +165,24 @@ def test_schemas_are_those_of_the_program() -> None:
         [sys.executable, ROOT / "docs" / "make_schemas.py", "--check"], capture_output=True, text=True, timeout=60
     )
     assert made.returncode == 0, made.stdout + made.stderr
+
+
+def test_restoration_of_a_trainer_that_cannot_save_waits_for_its_checkpoint_and_is_reverted_when_it_fails(
+    gpusup: Gpusup,
+) -> None:
+    """Micro-batch 12 fails at step 8; 8 fits; 12 is tried again at a checkpoint, as the policy says, and taken back."""
+    growth = ("--row_mb=10", "--late_row_mb=60", "--late_step=8", "--max_iters=30", "--step_s=0.05")
+    policy = gpusup.policy(
+        "remediations: [{step: micro_batch}]\n"
+        "restore: {after_steps: 4, order: [micro_batch], retry_failed: on, max_tries: 1}\n"
+    )
+    done = gpusup("run", policy, "--memory-budget", "600MB", "--", NANOGPT, *BASE, *growth)
+    log = gpusup.log()
+    assert done.returncode == 0, done.stderr
+    assert batches(log) == [(12, 4), (8, 6), (12, 4), (8, 6)]
+    (restored,) = of_kind(log, "restoration")
+    saved = max(e["step"] for e in of_kind(log, "checkpoint") if e["seq"] < restored["seq"])
+    assert log["attempts"][2]["from_step"] >= saved >= 8 + 4
+    (reverted,) = of_kind(log, "restoration_reverted")
+    assert reverted["next_wait_steps"] == 8
+    assert log["run"]["settings_at_end"]["batch_size"] == 8
