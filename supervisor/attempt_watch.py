@@ -33,6 +33,7 @@ from .tail import LineTail, Tail, last_bytes
 
 PROGRESS_EVERY_S = 5.0
 EVIDENCE_BYTES = 256 << 10
+LARGEST = 2**53
 SETTLED_STEPS = 2
 """A phase counts as completed after its second step: the first may lack the optimizer's state."""
 
@@ -125,8 +126,8 @@ class AttemptWatch:
     def _read_reports(self, final: bool) -> Iterator[AnyEvent]:
         for line in self._new_lines(self._reports, final):
             try:
-                yield from self._report(_object(line))
-            except (KeyError, TypeError, ValueError):
+                yield from [_as_journalled(event) for event in self._report(_object(line))]
+            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, msgspec.MsgspecError):
                 continue  # a report that does not keep to docs/cooperation.md tells nothing
 
     def _report(self, report: dict[str, Any]) -> Iterator[AnyEvent]:
@@ -159,25 +160,19 @@ class AttemptWatch:
                 )
             case "checkpoint":
                 step, path = int(report["step"]), Path(self.run.cwd) / str(report["path"])
-                self._step = max(self._step, step)
+                self._reached(step)
                 if step > self._saved_step:
                     self._saved_step = step
                     yield CheckpointSaved(attempt=self.n, step=step, path=str(path), bytes=int(report.get("bytes", 0)))
             case "unavailable":
                 yield KnobUnavailable(attempt=self.n, knob=str(report["knob"]), reason=str(report["reason"])[:300])
             case "failed":
-                self._failure = TrainerFailure(
-                    phase=str(report["phase"]),
-                    step=int(report["step"]),
-                    type=str(report["type"]),
-                    message=str(report["message"]),
-                    block_size=report.get("block_size"),
-                )
-                self._step = max(self._step, int(report["step"]))
-                self._in_use_bytes = report.get("in_use_bytes") or self._in_use_bytes
-                self._peak_bytes = max(int(report.get("peak_bytes") or 0), self._peak_bytes or 0)
+                self._reached(int(report["step"]))
+                self._failure = msgspec.convert({**report, "step": int(report["step"])}, TrainerFailure)
+                self._in_use_bytes = _count(report.get("in_use_bytes")) or self._in_use_bytes
+                self._peak_bytes = max(_count(report.get("peak_bytes")), self._peak_bytes or 0)
             case "stopped" | "done":
-                self._step = max(self._step, int(report["step"]))
+                self._reached(int(report["step"]))
             case _:
                 pass
 
@@ -201,14 +196,19 @@ class AttemptWatch:
             if seen is not None and not self._reports_itself:
                 self._advance(seen, self.run.settings.get("block_size"))
 
+    def _reached(self, step: int) -> None:
+        self._step = max(self._step, _count(step))
+
     def _advance(self, seen: Seen, block_size: object) -> None:
-        self._step = max(self._step, seen.step)
+        if seen.step > LARGEST:
+            return
+        self._reached(seen.step)
         self._progress = Progress(
             attempt=self.n,
             step=seen.step,
             loss=seen.loss,
             step_s=seen.step_s,
-            block_size=block_size if isinstance(block_size, int) else None,
+            block_size=block_size if isinstance(block_size, int) and 0 < block_size <= LARGEST else None,
         )
 
     def _settled_peak(self, progress: Progress) -> Iterator[AnyEvent]:
@@ -302,6 +302,19 @@ def _how_it_ended(ended: Ended, diagnosis: Diagnosis) -> str:
     if ended.exec_error is not None:
         return f"the trainer could not be executed: {ended.exec_error[1]}"
     return "" if diagnosis.message.startswith("ended by signal") else diagnosis.message
+
+
+def _as_journalled(event: AnyEvent) -> AnyEvent:
+    """The event as it will be read again; fails where the journal would."""
+    return msgspec.json.decode(msgspec.json.encode(event), type=type(event))
+
+
+def _count(value: object) -> int:
+    """A number of steps or bytes that a journal can hold; 0 for None."""
+    number = int(value or 0)  # type: ignore[call-overload]
+    if not 0 <= number <= LARGEST:
+        raise ValueError(f"{number} counts nothing")
+    return int(number)
 
 
 def _object(line: bytes) -> dict[str, Any]:
