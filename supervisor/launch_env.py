@@ -22,7 +22,8 @@ def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[
     # A cache of our own makes giving compile back cheap, and survives a reboot, unlike /tmp.
     inherited.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.compile_cache))
     if run.gpu_uuid is not None and run.trains_on == "gpu":
-        added["CUDA_VISIBLE_DEVICES"] = run.gpu_uuid
+        # NVML counts devices by bus; CUDA would count the fastest first, and the wrong one would be watched.
+        inherited.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if run.memory_budget_bytes:
         added["GPUSUP_MEMORY_BUDGET"] = f"{run.budget_where}:{run.memory_budget_bytes}"
         added["GPUSUP_BUDGET_REPORT"] = str(folder / "budget.jsonl")

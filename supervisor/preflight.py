@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from .core.events import CheckpointPlan, RunCreated
 from .core.policy import Policy
 from .dialects.base import Dialect, Reading
 from .dialects.command import Command
 from .errors import UsageError
-from .gpu import Nvml
+from .gpu import Gpu, Nvml
 from .shim import boot_id
 
 
@@ -35,21 +36,11 @@ def prepare(command: Command, dialect: Dialect, policy: Policy, policy_name: str
     Raises:
         UsageError: a config file cannot be read, or a budget cannot be set here.
     """
-    argv, notes = command.argv, []
     every = wanted.checkpoint_every or policy.checkpoint_every
+    notes = []
     if every is not None and not wanted.observe:
-        argv = dialect.with_cadence(argv, command.args_from, every)
-        if argv != command.argv:
-            added = " ".join(token for token in argv if token not in command.argv)
-            notes.append(f"checkpoint_every {every}, as agreed: {added}")
-    command = Command(
-        argv=argv,
-        cwd=command.cwd,
-        interpreter=command.interpreter,
-        script=command.script,
-        args_from=command.args_from,
-        processes=command.processes,
-    )
+        command, note = _saving_every(command, dialect, every)
+        notes.append(note)
     reading = dialect.read(command)
     gpus = Nvml().gpus() if reading.device is None or "cuda" in reading.device else []
     trains_on: Literal["gpu", "host"] = "gpu" if gpus or "cuda" in (reading.device or "") else "host"
@@ -58,13 +49,13 @@ def prepare(command: Command, dialect: Dialect, policy: Policy, policy_name: str
         raise UsageError(
             "a memory budget was asked for, the trainer wants CUDA, and no GPU can be seen; use --device=cpu"
         )
-    gpu = gpus[0] if gpus and command.processes == 1 else None
+    gpu = _watched(gpus, reading.device) if command.processes == 1 else None
     run = RunCreated(
         run_id="",
         name=wanted.name or Path(command.script or command.argv[0]).stem,
         policy_name=policy_name,
         policy=policy,
-        command=argv,
+        command=command.argv,
         interpreter=command.interpreter,
         cwd=command.cwd,
         dialect=dialect.name,
@@ -85,6 +76,21 @@ def prepare(command: Command, dialect: Dialect, policy: Policy, policy_name: str
         args_from=command.args_from,
     )
     return Prepared(run=run, reading=reading, notes=tuple(notes))
+
+
+def _saving_every(command: Command, dialect: Dialect, steps: int) -> tuple[Command, str]:
+    """The command with a checkpoint every so many steps, and what was changed for it."""
+    argv = dialect.with_cadence(command.argv, command.args_from, steps)
+    added = " ".join(token for token in argv if token not in command.argv)
+    done = f"as agreed: {added}" if added else "not possible: how this trainer is told is not known"
+    return replace(command, argv=argv), f"checkpoint_every {steps}, {done}"
+
+
+def _watched(gpus: list[Gpu], device: str | None) -> Gpu | None:
+    """The GPU a single process trains on: `cuda` is the first that is visible, `cuda:1` the second."""
+    _, _, index = (device or "").partition(":")
+    wanted = int(index) if index.isdigit() else 0
+    return gpus[wanted] if wanted < len(gpus) else None
 
 
 def worst_case_loss(plan: CheckpointPlan) -> str:
