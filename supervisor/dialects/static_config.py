@@ -91,6 +91,9 @@ def _assign(statement: ast.stmt, shown: str, found: Origins) -> None:
         ):
             if value is not None:
                 found[name] = _origin(value, where, found)
+        case ast.ImportFrom(names=[ast.alias(name="*")]) | ast.Expr(value=ast.Call(func=ast.Name(id="exec"))):
+            why = f"`{ast.unparse(statement)[:80]}` may assign it"
+            found.update(dict.fromkeys(found, Origin(where=where, why_unknown=why)))
         case ast.Expr() | ast.Import() | ast.ImportFrom() | ast.FunctionDef() | ast.ClassDef():
             return
         case _:  # a branch, a loop, a tuple: whatever it assigns cannot be known without executing it
