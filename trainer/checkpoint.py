@@ -50,7 +50,10 @@ def save(directory: Path, step: int, content: Mapping[str, object]) -> tuple[Pat
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU. Raises Damaged, or TrainerError when it is no checkpoint of ours."""
+    """The content of a checkpoint, its tensors mapped from the file: copy what is to be kept.
+
+    Raises Damaged, or TrainerError when it is no checkpoint of ours.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch itself does not look at the checksums
@@ -61,7 +64,7 @@ def load(path: Path) -> dict[str, Any]:
     if broken is not None:
         raise Damaged(f"{path} is damaged (the checksum of {broken} does not match)")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise TrainerError(
             f"{path}: holds more than plain data, so it is not loaded; resume from another one"

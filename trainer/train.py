@@ -334,8 +334,10 @@ class Trainer:
             path, saved = checkpoint.load_newest(self.out)
         self.check_resumable(path, saved)
         self.model.load_state_dict(saved["model"])
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        own = self.optimizer.state_dict()["state"]
+        for index, values in saved["optimizer"].items():
+            for name, value in values.items():
+                own[index][name].copy_(value)  # in place: resuming needs no more memory than starting
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         checkpoint.restore_rng(saved["rng"], self.device)
