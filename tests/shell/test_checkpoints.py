@@ -220,18 +220,15 @@ def test_every_copy_is_whole_though_the_file_is_rewritten_all_the_time(source: P
 
     writer = threading.Thread(target=rewrite)
     writer.start()
-    copies = 0
     try:
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 1
         while time.monotonic() < deadline:
-            copies += len(keeper.poll())
+            keeper.poll()
     finally:
         enough.set()
         writer.join()
-    last = keeper.finish()
-    assert [kept.step for kept in last if not kept.problem][-1:] == [33] or check(
-        folder / "ckpt-00000033.pt"
-    ).step == 33
+    keeper.finish()
+    assert check(folder / "ckpt-00000033.pt").step == 33, "the last version, at rest, is kept"
     assert all(not check(path).problem for path in folder.glob("ckpt-*.pt"))
 
 

@@ -56,8 +56,13 @@ def test_budget_comes_first_on_the_python_path_and_keeps_the_rest(
     )
 
 
-def test_gpu_is_named_by_its_uuid_for_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_choice_of_gpu_stays_the_persons_and_is_counted_as_nvml_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     run = replace(RUN, gpu_uuid="GPU-1", trains_on="gpu")
-    assert environment(run, RunDirectory(tmp_path), 1)["CUDA_VISIBLE_DEVICES"] == "GPU-1"
-    assert "CUDA_VISIBLE_DEVICES" not in environment(replace(run, trains_on="host"), RunDirectory(tmp_path), 1)
+    found = environment(run, RunDirectory(tmp_path), 1)
+    assert (found["CUDA_VISIBLE_DEVICES"], found["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert environment(run, RunDirectory(tmp_path), 1)["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
