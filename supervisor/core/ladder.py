@@ -94,6 +94,7 @@ def useless(state: State, policy: Policy) -> RemediationChosen | None:
         and request == before.oom.numbers.tried_to_allocate_bytes
         and after.oom.phase == before.oom.phase
         and after.oom.block_size == before.oom.block_size
+        and not held_by_others(after.oom)
     )
     return tried if same else None
 
