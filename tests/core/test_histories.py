@@ -31,7 +31,7 @@ from gpusup.supervisor.core.events import (
 )
 from gpusup.supervisor.core.policy import Remediation, Restore, Settings
 from gpusup.supervisor.core.state import State, evolve
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lives import GIB, MIB, WAIT, created, policy
 from msgspec.structs import replace
@@ -324,6 +324,7 @@ def random_world(seed: int) -> World:
     )
 
 
+@example(15946)  # others took memory after a rung that had seemed useless
 @settings(max_examples=500, deadline=None)
 @given(st.integers(0, 2**64))
 def test_every_night_keeps_the_laws(seed: int) -> None:

@@ -99,6 +99,14 @@ def test_rung_is_not_useless_when_another_request_failed(first: dict, second: di
     assert run.attempt.settings["dtype"] == "float16"
 
 
+def test_rung_is_not_useless_when_others_took_the_memory_meanwhile() -> None:
+    run = life(WAIT, FLOAT16, SMALLER)
+    run.oom(GIB)
+    assert story(run.oom(GIB, foreign=8 * GIB)) == ["wait"]
+    run.tell(MemoryWaited(enough=True, waited_s=1.0))
+    assert run.attempt.settings["dtype"] == "float16"
+
+
 def test_rung_whose_undoing_the_policy_forbids_stays() -> None:
     run = life(COMPILE_OFF, SMALLER)
     run.oom(GIB)
