@@ -43,7 +43,7 @@ def decide(state: State, policy: Policy, now: float) -> AnyEvent | None:
         return _after_attempt(state, policy, attempt)
     if attempt is not None and not state.run.observe and state.waiting_for_memory_s is not None:
         return None
-    if attempt is not None and state.run.observe:
+    if attempt is not None and state.run.observe and (attempt.stop is None or attempt.oom is not None):
         return Finished(result="failed", exit_code=exit_code(attempt), why=f"observing only: {attempt.message}")
     return _plan(state, policy)
 
