@@ -501,6 +501,14 @@ def test_observing_tells_what_it_would_do_and_changes_nothing() -> None:
     assert len(run.state.attempts) == 1
 
 
+def test_observed_run_that_was_stopped_goes_on_when_taken_over() -> None:
+    run = life(*LADDER, observe=True)
+    run.user_stops()
+    run.left()
+    assert kinds(run.tell(SupervisorStarted(pid=2))) == ["AttemptPlanned"]
+    assert run.attempt.settings == START
+
+
 def test_observing_never_stops_a_trainer() -> None:
     run = life(*LADDER, restore=Restore(after_steps=1), observe=True)
     assert run.steps(1000) == []
