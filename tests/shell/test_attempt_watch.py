@@ -35,7 +35,7 @@ RUN = RunCreated(
     command=("python", "train.py"),
     args_from=2,
     interpreter="python",
-    cwd="/work/dir",
+    cwd="/my/project",
     dialect="nanogpt",
     settings={"block_size": 64},
 )
@@ -155,7 +155,7 @@ def test_reports_of_a_cooperating_trainer_become_events(watched: Watched) -> Non
     assert of_kind(events, TrainerReported)[0].can_save
     assert of_kind(events, Progress)[0].block_size == 128
     assert of_kind(events, PeakMeasured)[0].where == "device"
-    assert of_kind(events, CheckpointSaved)[0].path == "/work/dir/out/ckpt-6.pt"
+    assert of_kind(events, CheckpointSaved)[0].path == "/my/project/out/ckpt-6.pt"
     assert of_kind(events, KnobUnavailable)[0].knob == "compile"
 
 
