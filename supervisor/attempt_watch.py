@@ -247,7 +247,7 @@ class AttemptWatch:
         """The last facts of the attempt: everything unread, then the incident if it was one, then its end."""
         yield from self.observe(None, final=True)
         diagnosis = self._diagnose(ended)
-        if diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and diagnosis.kind == "device_oom"):
+        if diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and self._corroborated(diagnosis)):
             yield self._out_of_memory(diagnosis)
         phase = diagnosis.phase or (self._failure.phase if self._failure else None)
         yield AttemptEnded(
@@ -262,6 +262,11 @@ class AttemptWatch:
             user_s=ended.user_s,
             system_s=ended.system_s,
         )
+
+    def _corroborated(self, diagnosis: Diagnosis) -> bool:
+        """What the text only suggests: a library on the GPU was refused memory, or any, under a limit of ours."""
+        limited = self._budget_told and self.run.budget_where == "host"
+        return diagnosis.kind == "device_oom" or (diagnosis.kind == "host_oom" and limited)
 
     def _diagnose(self, ended: Ended) -> Diagnosis:
         from .core.diagnosis import clean_lines, diagnose  # compiling its patterns takes longer than starting a trainer

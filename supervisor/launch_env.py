@@ -26,6 +26,8 @@ def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[
         inherited.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if run.memory_budget_bytes:
         added["GPUSUP_MEMORY_BUDGET"] = f"{run.budget_where}:{run.memory_budget_bytes}"
+        # Freed tensors go back to the kernel at once, so that the limit does not depend on what was freed before.
+        inherited.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
         added["GPUSUP_BUDGET_REPORT"] = str(folder / "budget.jsonl")
         search = [str(BOOT), inherited["PYTHONPATH"]] if inherited.get("PYTHONPATH") else [str(BOOT)]
         added["PYTHONPATH"] = os.pathsep.join(search)

@@ -62,6 +62,8 @@ def _known(attempt: Attempt) -> dict[tuple[str, int | None], tuple[int, bool]]:
     oom = attempt.oom
     if oom is not None and oom.at_least_bytes is not None:
         phase = "train" if oom.phase in (None, "forward", "backward", "optimizer", "compile") else oom.phase
-        block_size = oom.block_size if oom.block_size is not None else attempt.block_size
+        own = attempt.settings.get("block_size")
+        lengths = (oom.block_size, attempt.block_size, own if isinstance(own, int) else None)
+        block_size = next((length for length in lengths if length is not None), None)
         known[phase, block_size] = (oom.at_least_bytes, True)
     return known

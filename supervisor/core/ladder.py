@@ -88,15 +88,20 @@ def useless(state: State, policy: Policy) -> RemediationChosen | None:
         or policy.remediations[tried.rung].set is None
     ):
         return None
-    request = after.oom.numbers.tried_to_allocate_bytes
     same = (
-        request is not None
-        and request == before.oom.numbers.tried_to_allocate_bytes
+        _same_request(before.oom.numbers.tried_to_allocate_bytes, after.oom.numbers.tried_to_allocate_bytes)
         and after.oom.phase == before.oom.phase
         and after.oom.block_size == before.oom.block_size
         and not held_by_others(after.oom)
     )
     return tried if same else None
+
+
+def _same_request(before_bytes: int | None, after_bytes: int | None) -> bool:
+    """Libraries pad and allocators round: a thousandth is no difference."""
+    if before_bytes is None or after_bytes is None:
+        return False
+    return abs(before_bytes - after_bytes) * 1000 <= before_bytes
 
 
 # --- up --------------------------------------------------------------------------------------------------------------

@@ -192,6 +192,8 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_D, r"CUDA_ERROR_OUT_OF_MEMORY|Allocator \(GPU_\d+_bfc\) ran out of memory", strength="vague"),
     # Host: allocators that say so.
     _w(_H, r"DefaultCPUAllocator: (?:can't allocate memory|not enough memory)"),
+    # oneDNN, when the scratch memory of an operation is refused.
+    _w(_H, r"RuntimeError: could not (?:execute|create) a primitive", strength="vague"),
     _w(_H, r"\$ Torch: not enough memory: you tried to allocate"),
     _w(_H, rf"MemoryError: Unable to allocate {_SIZE}"),
     _w(_H, r"ArrowMemoryError: |\b(?:re)?[mc]?alloc of size \d+ failed"),
