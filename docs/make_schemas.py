@@ -1,6 +1,6 @@
 """Writes supervisor/schemas/*.json from the program's own types; with --check it only compares.
 
-    python docs/make_schemas.py
+python docs/make_schemas.py
 """
 
 import json

@@ -48,6 +48,8 @@ def check(path: Path) -> Checked:
             damaged = archive.testzip()
             if damaged is not None:
                 return Checked(path=path, problem=f"{damaged} inside it is damaged")
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return Checked(path=path, problem="its contents are missing")
             step = _step_in_name(path)
             return Checked(path=path, step=_step_in_pickle(archive) if step is None else step, bytes=size)
     except FileNotFoundError:

@@ -140,7 +140,7 @@ def _rung_as_written(rung: Remediation) -> dict[str, Any]:
         written["wait_for_memory"] = _exact_duration(rung.wait_for_memory_s)
     if rung.when:
         written["when"] = dict(rung.when)
-    if rung.wait_for_memory_s is None:
+    if rung.set is not None:
         written["undo_if_useless"] = rung.undo_if_useless
     return written
 

@@ -118,7 +118,7 @@ class PolicyReader:
         for other in more:
             what = f"'{other}' stands beside '{kind}'"
             self._report(entries[other].key_at, f"{what}; a remediation has only one of them, so make two")
-        for key, kinds in (("min", ("step",)), ("undo_if_useless", ("set", "step"))):
+        for key, kinds in (("min", ("step",)), ("undo_if_useless", ("set",))):
             if key in entries and kind and kind not in kinds:
                 self._report(entries[key].key_at, f"'{key}' means nothing beside '{kind}'; remove it")
         return kind

@@ -65,5 +65,6 @@ def _known(attempt: Attempt) -> dict[tuple[str, int | None], tuple[int, bool]]:
         own = attempt.settings.get("block_size")
         lengths = (oom.block_size, attempt.block_size, own if isinstance(own, int) else None)
         block_size = next((length for length in lengths if length is not None), None)
-        known[phase, block_size] = (oom.at_least_bytes, True)
+        measured, _ = known.get((phase, block_size), (0, False))
+        known[phase, block_size] = (max(oom.at_least_bytes, measured), True)
     return known

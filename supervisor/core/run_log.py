@@ -165,8 +165,10 @@ def lost_seconds(events: list[AnyEvent]) -> float:
 def why(state: State) -> str:
     """Why it failed, or that it did not."""
     ooms = [attempt.oom for attempt in state.attempts if attempt.oom is not None]
+    if state.finished is not None and (not ooms or state.finished.result == "failed"):
+        return state.finished.why
     if not ooms:
-        return state.finished.why if state.finished else "no incident so far"
+        return "no incident so far"
     first = ooms[0]
     need = (
         f"it needed at least {_gib(first.at_least_bytes)}"

@@ -10,6 +10,7 @@ from msgspec import Struct
 
 from ..errors import CommandNotFound, NotExecutable, UsageError
 
+LAUNCHERS = ("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch")
 OWN_TRAINER = "gpusup.trainer.train"
 
 
@@ -68,8 +69,7 @@ def parse_command(words: tuple[str, ...], cwd: str, python: str | None = None) -
     if Path(words[0]).name.startswith("python"):
         script, args_from = _python_script(words)
     else:
-        found = next((i for i, word in enumerate(words[1:], 1) if word.endswith(".py")), None)
-        script, args_from = (None, 1) if found is None else (words[found], found + 1)
+        script, args_from = _script_word(words, 1)
     if script is not None and script.endswith(".py"):
         _must_exist(Path(cwd) / script, script)
     interpreter = program if Path(words[0]).name.startswith("python") else ""
@@ -83,7 +83,8 @@ def _python_script(words: tuple[str, ...]) -> tuple[str | None, int]:
     while index < len(words):
         word = words[index]
         if word == "-m":
-            return (words[index + 1] if index + 1 < len(words) else None), index + 2
+            module = words[index + 1] if index + 1 < len(words) else None
+            return _script_word(words, index + 2) if module in LAUNCHERS else (module, index + 2)
         if word in ("-c", "-"):
             return None, index + 1
         if word in ("-W", "-X"):
@@ -93,6 +94,12 @@ def _python_script(words: tuple[str, ...]) -> tuple[str | None, int]:
             return word, index + 1
         index += 1
     return None, index
+
+
+def _script_word(words: tuple[str, ...], begin: int) -> tuple[str | None, int]:
+    """The first script among the words, for launchers that take one."""
+    found = next((i for i, word in enumerate(words[begin:], begin) if word.endswith(".py")), None)
+    return (None, begin) if found is None else (words[found], found + 1)
 
 
 def _processes(words: tuple[str, ...]) -> int:

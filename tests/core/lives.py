@@ -159,7 +159,7 @@ class Life:
         block_size: int | None = None,
     ) -> list[AnyEvent]:
         """It runs out of memory, on another request each time unless `request` is given."""
-        request = request if request is not None else GIB + len(self.events)
+        request = request if request is not None else GIB + 16 * MIB * len(self.events)
         self.record(
             OomDetected(
                 attempt=self.n,

@@ -44,7 +44,7 @@ def save() -> None:
     folder.mkdir(exist_ok=True)
     path = folder / f"ckpt-{step:08d}.pt"
     with zipfile.ZipFile(path.with_suffix(".part"), "w") as archive:
-        archive.writestr("archive/step", str(step))
+        archive.writestr("archive/data.pkl", str(step))
     path.with_suffix(".part").rename(path)
     tell("checkpoint", step=step, path=str(path), bytes=path.stat().st_size)
 
