@@ -200,3 +200,23 @@ def test_run_files_are_private(gpusup: Gpusup) -> None:
     gpusup("run", "rtx4070", "--", COOPERATING, "--max_iters=3")
     for path in (gpusup.folder / "home").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0 or path.name == "events.jsonl", path  # the trainer's own file
+
+
+def test_log_f_follows_to_the_end_of_the_run(gpusup: Gpusup) -> None:
+    run = gpusup.start("run", "rtx4070", "--", COOPERATING, "--max_iters=150")
+    read_until(run, b"step 1\n")
+    follower = gpusup.start("log", "-f")
+    assert finish(run)[0] == 0
+    code, output = finish(follower)
+    assert code == 0
+    assert "attempt 1 from the start" in output
+    assert "finished with the settings it started with" in output
+
+
+def test_list_of_runs_is_newest_first_and_names_the_settings(gpusup: Gpusup) -> None:
+    for name in ("older", "newer"):
+        gpusup("run", "--name", name, "rtx4070", "--", COOPERATING, "--max_iters=2")
+    lines = gpusup("log").stdout.splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ["newer", "older"]
+    assert all("micro-batch 8 x 2, float32, compile off" in line for line in lines[1:])
+    assert [run["name"] for run in json.loads(gpusup("log", "-o", "json").stdout)["runs"]] == ["newer", "older"]
