@@ -16,7 +16,6 @@ install: $(VENV)/.installed  ## make .venv with everything in it
 # Editable, so that the folders here are what runs; torch is pinned by constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trainer,offline-bpe,dev]'
 	touch $@
 

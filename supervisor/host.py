@@ -12,11 +12,6 @@ def resident_bytes(pid: int) -> int | None:
     return _status_bytes(pid, "VmRSS:")
 
 
-def data_bytes(pid: int) -> int | None:
-    """Private writable memory, what RLIMIT_DATA limits."""
-    return _status_bytes(pid, "VmData:")
-
-
 def _status_bytes(pid: int, key: str) -> int | None:
     try:
         with Path(f"/proc/{pid}/status").open() as f:
@@ -66,7 +61,11 @@ def _cgroup_event_files() -> list[Path]:
     return files
 
 
-def total_memory_bytes() -> int:
-    import psutil
+def process_name(pid: int) -> str:
+    """What a person would call the process; its number when it cannot be asked."""
+    import psutil  # needed only when a stranger holds the GPU
 
-    return int(psutil.virtual_memory().total)
+    try:
+        return f"{psutil.Process(pid).name()} (process {pid})"
+    except psutil.Error:
+        return f"process {pid}"

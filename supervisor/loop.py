@@ -30,7 +30,7 @@ from .core.events import (
     SupervisorStarted,
 )
 from .core.policy import Settings
-from .core.state import FOREIGN_BYTES, State, evolve
+from .core.state import FOREIGN_BYTES, State, evolve, held_by_others
 from .dialects.base import Dialect
 from .journal import Journal
 from .launch_env import environment
@@ -234,6 +234,8 @@ class Supervisor:
         for event in events:
             if isinstance(event, OomDetected) and event.diagnosis == "device_oom":
                 event = replace(event, foreign_bytes=self.sampler.held_by_others())
+                if held_by_others(event):
+                    self.record(Note(text=f"the GPU's memory is held by {self.sampler.holders()}"))
             self.record(event)
 
     def _handle_signals(self) -> None:

@@ -26,7 +26,7 @@ from .core.events import (
 )
 from .core.ladder import describe, describe_changes
 from .core.verdict import ExitStatus, OomNumbers
-from .units import format_bytes, format_duration
+from .units import count, format_bytes, format_duration
 
 LABEL_WIDTH = 8
 
@@ -40,7 +40,7 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
             start = f"from step {event.resume_step}" if event.resume_step is not None else "from the start"
             return "start", f"attempt {event.attempt} {start}: {describe(event.settings)}"
         case Resumed():
-            lost = f"{event.lost_steps} steps to do again" if event.lost_steps else "no step lost"
+            lost = f"{count(event.lost_steps, 'step')} to do again" if event.lost_steps else "no step lost"
             return "resumed", f"at step {event.step}, {lost}" + (f"; {event.note}" if event.note else "")
         case BudgetApplied():
             over = f" over the {format_bytes(event.baseline_bytes)} in use" if event.baseline_bytes else ""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import host
 from .gpu import Nvml
+from .units import format_bytes
 
 EVERY_S = 1.0
 NOT_A_PROCESS_BYTES = 600 << 20
@@ -60,6 +61,14 @@ class Sampler:
             if self._peak_bytes is None or self.held_before is None:
                 return None
             return max(0, self._peak_bytes - self.held_before)
+
+    def holders(self) -> str:
+        """Who holds the device's memory, asked when no trainer of ours runs."""
+        per_process = (
+            self._nvml.process_bytes(self._uuid) if self._nvml is not None and self._uuid is not None else None
+        )
+        named = [f"{host.process_name(pid)} {format_bytes(held)}" for pid, held in (per_process or {}).items()]
+        return ", ".join(named) or "processes that cannot be named here"
 
     def held_by_others(self) -> int | None:
         """Device memory in other hands, asked when no trainer of ours runs."""

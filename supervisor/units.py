@@ -1,4 +1,4 @@
-"""Amounts of memory and of time as people write them: `1.2GiB`, `10m`, and back."""
+"""Amounts as people write them: memory (`1.2GiB`), time (`10m`), counts; and back."""
 
 import re
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -98,3 +98,8 @@ def format_duration(seconds: float) -> str:
         count, rest = divmod(rest, size)
         parts += f"{count}{unit}" if count else ""
     return parts
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

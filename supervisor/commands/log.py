@@ -17,7 +17,7 @@ from ..journal import is_locked
 from ..narrate import narrate
 from ..printable import printable
 from ..run_store import RunDirectory, find_run, list_runs
-from ..units import format_bytes, format_duration
+from ..units import count, format_bytes, format_duration
 
 FOLLOW_EVERY_S = 0.2
 COLUMNS = ("RUN", "NAME", "POLICY", "RESULT", "WHEN", "ELAPSED", "ATT", "OOM", "STEPS", "LOST", "SETTINGS AT THE END")
@@ -126,7 +126,9 @@ def story(told: RunLog) -> str:
     lines = [_headline(run), _figures(run), ""]
     for event in told.events:
         lines += _event_lines(event, told)
-    lines += ["", f"why: {printable(run.why)}"]
+    lines.append("")
+    if run.ooms or run.state != "done":
+        lines.append(f"why: {printable(run.why)}")
     if run.next_time:
         lines.append(f"next time: {printable(run.next_time)}")
     if run.state == "lost":
@@ -149,8 +151,8 @@ def _figures(run: RunSummary) -> str:
         if run.global_batch_size
         else "global batch unknown"
     )
-    lost = f"{run.lost_steps} steps done twice, {format_duration(run.lost_s)} lost to failures"
-    return f"{run.steps}{target} steps in {run.attempts} attempts, {run.ooms} OOMs; {held}; {lost}"
+    lost = f"{count(run.lost_steps, 'step')} done twice, {format_duration(run.lost_s)} lost to failures"
+    return f"{run.steps}{target} steps in {count(run.attempts, 'attempt')}, {count(run.ooms, 'OOM')}; {held}; {lost}"
 
 
 def _event_lines(event: AnyEvent, told: RunLog) -> list[str]:

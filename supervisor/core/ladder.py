@@ -25,6 +25,8 @@ def consider_rung(state: State, index: int, rung: Remediation) -> Changes | Not:
     if rung.wait_for_memory_s is not None:
         in_vain = Not("it was waited for in this run, and others kept the memory")
         return in_vain if index in state.useless_rungs else _consider_waiting(state)
+    if rung.set is not None and all(state.settings.get(knob) == target for knob, target in rung.set.items()):
+        return Not()
     for knob, wanted in rung.when.items():
         if knob in state.settings and state.settings[knob] != wanted:
             return Not(f"it is for {knob} {show(wanted)}, and {knob} is {show(state.settings[knob])}")
@@ -55,8 +57,6 @@ def _consider_set(state: State, wanted: Settings) -> Changes | Not:
             return Not("compile is unavailable here, so it is off already")
         if state.settings.get(knob) != target:
             changes[knob] = Change(state.settings.get(knob), target)
-    if not changes:
-        return Not()
     if state.known_to_fail(applied(state.settings, changes)):
         return Not(f"{describe(applied(state.settings, changes))} ran out of memory in this run already")
     return changes
