@@ -68,7 +68,7 @@ class AttemptWatch:
         self._reports = LineTail(directory / "events.jsonl")
         self._budget = LineTail(directory / "budget.jsonl")
         self._from_step, self._step = known.from_step, known.step
-        self._budget_told, self._saved_step = known.budget_confirmed, saved_step
+        self._budget_told, self._saved_step = known.budget_limit_bytes is not None, saved_step
         self._progress: Progress | None = None
         self._progress_at = 0.0
         self._failure: TrainerFailure | None = None

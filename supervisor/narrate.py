@@ -53,6 +53,8 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
         case OomDetected():
             return "OOM", _oom(event)
         case AttemptEnded() if event.diagnosis not in ("success", "device_oom", "host_oom"):
+            if event.exit.signal == signal.SIGTERM:
+                return "left", f"attempt {event.attempt} at step {event.step} (SIGTERM)"
             told = f"; {event.message}" if event.message else ""
             return "ended", f"attempt {event.attempt} at step {event.step}: {describe_exit(event.exit)}{told}"
         case RemediationChosen():

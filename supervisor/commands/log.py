@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from ..core.effects import Effect
-from ..core.events import AnyEvent, AttemptPlanned, Finished
+from ..core.events import AnyEvent, AttemptPlanned, BudgetApplied, Finished
 from ..core.ladder import describe
 from ..core.run_log import AttemptSummary, RunLog, RunSummary, run_log
 from ..core.state import fold
@@ -20,6 +20,8 @@ from ..run_store import RunDirectory, find_run, list_runs
 from ..units import count, format_bytes, format_duration
 
 FOLLOW_EVERY_S = 0.2
+RESUME_OPTIONS = ("--init_from", "--resume_from")
+"""Not shown as changes: the line `resumed` says it."""
 COLUMNS = ("RUN", "NAME", "POLICY", "RESULT", "WHEN", "ELAPSED", "ATT", "OOM", "STEPS", "LOST", "SETTINGS AT THE END")
 
 
@@ -124,8 +126,11 @@ def story(told: RunLog) -> str:
     """The night as a timeline, and what to make of it."""
     run = told.run
     lines = [_headline(run), _figures(run), ""]
+    budget_told = False
     for event in told.events:
-        lines += _event_lines(event, told)
+        if not (budget_told and isinstance(event, BudgetApplied)):  # the same for every attempt
+            lines += _event_lines(event, told)
+        budget_told = budget_told or isinstance(event, BudgetApplied)
     lines.append("")
     if run.ooms or run.state != "done":
         lines.append(f"why: {printable(run.why)}")
@@ -171,7 +176,8 @@ def _detail(text: str) -> str:
 
 
 def _arguments(attempt: AttemptSummary) -> list[str]:
-    return [f"arguments changed: {' '.join(attempt.argv_changes)}"] if attempt.argv_changes else []
+    told = [token for token in attempt.argv_changes if not token.startswith(RESUME_OPTIONS)]
+    return [f"arguments changed: {' '.join(told)}"] if told else []
 
 
 def _measured(attempt: AttemptSummary, effects: tuple[Effect, ...]) -> list[str]:

@@ -90,7 +90,7 @@ def _while_running(state: State, policy: Policy, attempt: Attempt, now: float) -
     if state.stop_asked is not None:
         return _stop(state, policy, attempt, now, state.stop_asked.by)
     assert state.run is not None
-    if state.run.memory_budget_bytes and not attempt.budget_confirmed and attempt.step > attempt.from_step:
+    if state.run.memory_budget_bytes and attempt.budget_limit_bytes is None and attempt.step > attempt.from_step:
         return _stop_request(attempt, "kill", "the memory budget did not take effect", now + KILL_GRACE_S)
     if policy.restore is None or state.run.observe:
         return None
@@ -165,7 +165,7 @@ def _at_checkpoint(state: State, attempt: Attempt, wait: int) -> bool:
 def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
     run = state.run
     assert run is not None
-    unconfirmed = bool(run.memory_budget_bytes) and not attempt.budget_confirmed
+    unconfirmed = bool(run.memory_budget_bytes) and attempt.budget_limit_bytes is None
     if unconfirmed and (succeeded(attempt) or attempt.oom is not None or attempt.stop is not None):
         why = (
             "the memory budget did not take effect in the trainer (python -I ignores it, and so does a non-Python one)"

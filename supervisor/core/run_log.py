@@ -170,25 +170,21 @@ def why(state: State) -> str:
     if not ooms:
         return "no incident so far"
     first = ooms[0]
-    need = (
-        f"it needed at least {_gib(first.at_least_bytes)}"
-        if first.at_least_bytes
-        else "it asked for more than there was"
-    )
-    limit = _limit(state, first)
-    place = f"in {first.phase} " if first.phase else ""
-    length = f" at sequence length {first.block_size}" if first.block_size else ""
     attempt = next(a for a in state.attempts if a.n == first.attempt)
-    return f"{describe(attempt.settings)} ran out of memory {place}of step {first.step + 1}{length}: {need}{limit}"
+    place = [first.phase] if first.phase else []
+    place += [f"sequence length {first.block_size}"] if first.block_size else []
+    where = f" ({', '.join(place)})" if place else ""
+    return f"{describe(attempt.settings)} ran out of memory at step {first.step + 1}{where}: {_refused(first, attempt)}"
 
 
-def _limit(state: State, oom: OomDetected) -> str:
-    assert state.run is not None
-    if oom.numbers.allowed_bytes or oom.numbers.total_bytes:
-        return f", of {_gib(oom.numbers.allowed_bytes or oom.numbers.total_bytes)}"
-    if state.run.memory_budget_bytes:
-        return f", under a budget of {_gib(state.run.memory_budget_bytes)} over what it used before training"
-    return ""
+def _refused(oom: OomDetected, attempt: Attempt) -> str:
+    tried = oom.numbers.tried_to_allocate_bytes
+    refused = f"{_gib(tried)} more were refused" if tried is not None else "an allocation was refused"
+    allowed = oom.numbers.allowed_bytes or attempt.budget_limit_bytes
+    if allowed is not None:
+        return f"{refused}, and {_gib(allowed)} were allowed in all"
+    total = oom.numbers.total_bytes
+    return refused if total is None else f"{refused} by a device of {_gib(total)}"
 
 
 def next_time(state: State) -> str:

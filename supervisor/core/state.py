@@ -118,7 +118,8 @@ class Attempt(Struct, frozen=True, kw_only=True):
     start_ticks: int | None = None
     block_size: int | None = None
     can_save: bool = False
-    budget_confirmed: bool = False
+    budget_limit_bytes: int | None = None
+    """Of its memory in all, confirmed; None without a budget, or before it took effect."""
     peaks: tuple[Peak, ...] = ()
     peak_bytes: int | None = None
     stop: StopRequested | None = None
@@ -351,7 +352,7 @@ def _attempt_event(state: State, event: AttemptEvent) -> State:
             state = replace(state, lost_steps=state.lost_steps + event.lost_steps)
             return _update(state, n, from_step=event.step, step=event.step)
         case BudgetApplied():
-            return _update(state, n, budget_confirmed=True)
+            return _update(state, n, budget_limit_bytes=event.limit_bytes)
         case TrainerReported():
             state = replace(
                 state,

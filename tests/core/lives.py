@@ -113,7 +113,7 @@ class Life:
                 assert run is not None
                 if run.memory_budget_bytes:
                     self.record(
-                        BudgetApplied(attempt=decision.attempt, where="device", baseline_bytes=0, limit_bytes=1)
+                        BudgetApplied(attempt=decision.attempt, where="device", baseline_bytes=0, limit_bytes=2 * GIB)
                     )
         return decisions
 

@@ -79,17 +79,17 @@ def test_unfinished_run_is_running_or_lost() -> None:
 def test_reason_names_the_settings_the_place_and_the_need() -> None:
     run = life(SMALLER, memory_budget_bytes=2 * GIB)
     run.steps(6)
-    run.oom(at_least=3 * GIB, block_size=1024)
+    run.oom(GIB, block_size=1024)
     assert why(run.state) == (
-        "micro-batch 12 x 4, bfloat16, compile on ran out of memory in backward of step 7 at sequence length 1024: it "
-        "needed at least 3.00 GiB, under a budget of 2.00 GiB over what it used before training"
+        "micro-batch 12 x 4, bfloat16, compile on ran out of memory at step 7 (backward, sequence length 1024): "
+        "1.00 GiB more were refused, and 2.00 GiB were allowed in all"
     )
 
 
 def test_reason_without_numbers_claims_none() -> None:
     run = life(SMALLER)
     run.oom(phase=None)
-    assert why(run.state).endswith("ran out of memory of step 1: it asked for more than there was")
+    assert why(run.state).endswith(" more were refused")
 
 
 def test_advice_is_what_fitted_last_as_settings_and_as_arguments() -> None:
