@@ -94,6 +94,25 @@ def copy_file(source: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
+def keep(source: Path, folder: Path) -> Checked:
+    """A verified copy of `source` in `folder`, named for its step; of our copies the newest `COPIES_KEPT` stay."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    incoming = folder / "incoming.pt"
+    try:
+        copy_file(source, incoming)
+    except OSError as error:
+        return Checked(path=source, problem=f"it could not be copied ({error.strerror})")
+    checked = check(incoming)
+    if checked.problem or checked.step is None:
+        return Checked(path=source, problem=checked.problem or "its step is not recorded in it")
+    target = folder / f"ckpt-{checked.step:08d}.pt"
+    incoming.rename(target)
+    for old in sorted(folder.glob("ckpt-*.pt"))[:-COPIES_KEPT]:
+        if old != target:
+            old.unlink()  # gpusup's own copies, never the trainer's file
+    return Checked(path=target, step=checked.step, bytes=checked.bytes)
+
+
 class Keeper:
     """Keeps verified copies of one file that a trainer rewrites in place.
 
@@ -142,23 +161,7 @@ class Keeper:
         return (status.st_mtime_ns, status.st_size) if status.st_mtime >= self._not_before else None
 
     def _keep(self) -> None:
-        self.folder.mkdir(mode=0o700, exist_ok=True)
-        incoming = self.folder / "incoming.pt"
-        try:
-            copy_file(self.source, incoming)
-        except OSError as error:
-            self._done.put(Checked(path=self.source, problem=f"it could not be copied ({error.strerror})"))
-            return
-        checked = check(incoming)
-        if checked.problem or checked.step is None:
-            self._done.put(Checked(path=self.source, problem=checked.problem or "its step is not recorded in it"))
-            return
-        target = self.folder / f"ckpt-{checked.step:08d}.pt"
-        incoming.rename(target)
-        for old in sorted(self.folder.glob("ckpt-*.pt"))[:-COPIES_KEPT]:
-            if old != target:
-                old.unlink()  # gpusup's own copies, never the trainer's file
-        self._done.put(Checked(path=target, step=checked.step, bytes=checked.bytes))
+        self._done.put(keep(self.source, self.folder))
 
     def _collected(self) -> list[Checked]:
         found = []

@@ -5,15 +5,17 @@ from pathlib import Path
 import click
 from msgspec.structs import replace
 
+from ..checkpoints import check, keep
 from ..console import say, supervise
-from ..core.events import Note
+from ..core.events import AnyEvent, CheckpointSaved, Note
+from ..dialects.base import Dialect, Reading
 from ..dialects.command import parse_command
 from ..dialects.detect import DIALECTS, detect
 from ..errors import UsageError
 from ..journal import Journal
 from ..policy_file import find_policy, load_policy
 from ..preflight import Wanted, prepare
-from ..run_store import create_run
+from ..run_store import RunDirectory, create_run
 from ..screen import screen
 from ..units import parse_bytes
 
@@ -68,10 +70,23 @@ def command(
     journal = Journal(directory.journal)
     run = replace(prepared.run, run_id=directory.id)
     journal.events.append(journal.append(run))
+    journal.events += [journal.append(event) for event in given_checkpoint(prepared.reading, dialect, directory)]
     for note in (*prepared.notes, *prepared.reading.warnings):
         journal.events.append(journal.append(Note(text=note)))
     say(screen(run, prepared))
     return supervise(directory, journal, dialect, quiet)
+
+
+def given_checkpoint(reading: Reading, dialect: Dialect, directory: RunDirectory) -> list[AnyEvent]:
+    """The checkpoint the command itself resumes from, as the run's first: verified, copied if it will be rewritten."""
+    if reading.resumes_from is None:
+        return []
+    path = Path(reading.resumes_from)
+    found = keep(path, directory.checkpoints) if dialect.rewrites_in_place else check(path)
+    if found.problem or found.step is None:
+        return [Note(text=f"the command resumes from {path}, and {found.problem or 'its step is not recorded in it'}")]
+    copy = str(found.path) if dialect.rewrites_in_place else None
+    return [CheckpointSaved(attempt=0, step=found.step, path=str(path), bytes=found.bytes, copy=copy)]
 
 
 def _bytes(text: str | None) -> int | None:

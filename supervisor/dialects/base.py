@@ -22,6 +22,8 @@ class Reading(Struct, frozen=True, kw_only=True):
     target_steps: int | None = None
     checkpoints: CheckpointPlan = CheckpointPlan()
     device: str | None = None
+    resumes_from: str | None = None
+    """The checkpoint file the command itself asks to go on from."""
     warnings: tuple[str, ...] = ()
 
 

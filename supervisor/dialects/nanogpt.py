@@ -40,11 +40,12 @@ class NanoGpt:
             accumulation_multiple=command.processes,
             target_steps=None if last_iteration is None else last_iteration + 1,
             checkpoints=CheckpointPlan(
-                place=str(Path(command.cwd) / (_text(origins, "out_dir") or "out")),
+                place=str(_place(command, origins)),
                 every_steps=_int(origins, "eval_interval"),
                 replays_data=True,
             ),
             device=device,
+            resumes_from=str(_place(command, origins) / "ckpt.pt") if _resumes(origins) else None,
             warnings=_warnings(origins),
         )
 
@@ -88,11 +89,12 @@ class Reference(NanoGpt):
             global_batch_size=_int(origins, "global_batch_size") or _global_batch(settings),
             target_steps=_int(origins, "max_iters"),
             checkpoints=CheckpointPlan(
-                place=str(Path(command.cwd) / (_text(origins, "out_dir") or "out")),
+                place=str(_place(command, origins)),
                 every_steps=interval,
                 can_save_on_request=True,
             ),
             device=_text(origins, "device"),
+            resumes_from=_resumed_file(command, origins) if _resumes(origins) else None,
         )
 
     def argv(self, command: tuple[str, ...], args_from: int, changed: Settings, resume: str | None) -> tuple[str, ...]:
@@ -147,6 +149,21 @@ def _literal(text: str) -> bool | int | float | str:
     except (SyntaxError, ValueError):
         return {"true": True, "false": False}.get(text.lower(), text)
     return value if isinstance(value, (bool, int, float, str)) else text
+
+
+def _place(command: Command, origins: Origins) -> Path:
+    return Path(command.cwd) / (_text(origins, "out_dir") or "out")
+
+
+def _resumes(origins: Origins) -> bool:
+    return _text(origins, "init_from") == "resume"
+
+
+def _resumed_file(command: Command, origins: Origins) -> str | None:
+    """What the reference trainer would load: the file it is given, else the newest of its folder."""
+    if named := _text(origins, "resume_from"):
+        return str(Path(command.cwd) / named)
+    return max((str(path) for path in _place(command, origins).glob("ckpt-*.pt")), default=None)
 
 
 def _global_batch(settings: Settings) -> int | None:

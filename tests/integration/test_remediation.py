@@ -186,3 +186,13 @@ def test_restoration_of_a_trainer_that_cannot_save_waits_for_its_checkpoint_and_
     (reverted,) = of_kind(log, "restoration_reverted")
     assert reverted["next_wait_steps"] == 8
     assert log["run"]["settings_at_end"]["batch_size"] == 8
+
+
+def test_command_that_resumes_by_itself_starts_at_its_checkpoint_and_loses_nothing(gpusup: Gpusup) -> None:
+    gpusup("run", gpusup.policy(LADDER), "--", NANOGPT, *BASE, "--max_iters=11")
+    growth = ("--row_mb=10", "--late_row_mb=60", "--late_step=12", "--max_iters=14", "--init_from=resume")
+    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "600MB", "--", NANOGPT, *BASE, *growth)
+    log = gpusup.log()
+    assert done.returncode == 0, done.stderr
+    assert [attempt["from_step"] for attempt in log["attempts"]] == [10, 10]
+    assert log["run"]["lost_steps"] == 2
