@@ -49,7 +49,9 @@ def supervise(directory: RunDirectory, journal: Journal, dialect: Dialect, quiet
     try:
         code = supervisor.run()
     except Detached:
-        say(f"\ngpusup: left; training goes on. `gpusup resume {directory.id}` takes it over again\n")
+        attempt = supervisor.state.attempt
+        left = "training goes on" if attempt is not None and not attempt.ended else "no trainer is running"
+        say(f"\ngpusup: left; {left}. `gpusup resume {directory.id}` takes it over again\n")
         return EXIT_STOPPED
     finally:
         journal.close()

@@ -39,6 +39,8 @@ from .run_store import RunDirectory
 from .sampler import Sampler
 
 LOOK_EVERY_S = 0.1
+AGAIN_S = 0.5
+"""A signal so soon after another is the same request: `timeout` and wrappers send several."""
 GIVE_BACK_S = 50.0
 """How long a dead trainer's GPU memory may take to come back before the next start goes ahead."""
 GIVE_BACK_SLACK_BYTES = 512 << 20
@@ -80,6 +82,7 @@ class Supervisor:
                 self.record(SupervisorStarted(pid=os.getpid(), takeover=bool(self.state.attempts)))
                 self._adopt()
                 while self.state.finished is None:
+                    self._handle_signals()
                     decision = decide(self.state, self.policy, time.monotonic())
                     if decision is not None:
                         self._carry_out(decision)
@@ -119,9 +122,9 @@ class Supervisor:
             return  # asked to stop meanwhile; decide again
         run = self.run_spec
         argv = self.dialect.argv(run.command, run.args_from, self._changed(plan.settings), plan.resume_path)
-        lost = self.state.max_step - (plan.resume_step or 0)
-        self.record(replace(plan, argv=argv))
-        self._resumed(plan, lost)
+        plan = replace(plan, argv=argv)
+        self.record(plan)
+        self._resumed(plan)
         self._launch(plan.attempt, argv)
 
     def _changed(self, settings: Settings) -> Settings:
@@ -129,9 +132,14 @@ class Supervisor:
         initial = self.run_spec.settings
         return {knob: value for knob, value in settings.items() if initial.get(knob) != value}
 
-    def _resumed(self, plan: AttemptPlanned, lost_steps: int) -> None:
+    def _resumed(self, plan: AttemptPlanned) -> None:
+        """Put the checkpoint where the trainer looks for it, and say where it goes on. Doing it twice changes nothing."""
+        lost_steps = self.state.max_step - (plan.resume_step or 0)
         if plan.resume_path is None:
-            if lost_steps > 0:
+            if plan.attempt > 1 and not self.run_spec.checkpoints.place:
+                text = "how this trainer resumes is not known: it starts over, unless it resumes by itself"
+                self.record(Note(text=text))
+            elif lost_steps > 0:
                 note = "there is no checkpoint yet, so it starts from zero"
                 self.record(Resumed(attempt=plan.attempt, step=0, lost_steps=lost_steps, note=note))
             return
@@ -197,6 +205,9 @@ class Supervisor:
             return
         found = process.adopt(self.directory.attempt(attempt.n))
         if found is None:
+            plan = next(event for event in reversed(self.journal.events) if isinstance(event, AttemptPlanned))
+            if not any(isinstance(event, Resumed) and event.attempt == attempt.n for event in self.journal.events):
+                self._resumed(plan)
             self._launch(attempt.n, attempt.argv)
             return
         self._follow(attempt.n, found)
@@ -215,7 +226,6 @@ class Supervisor:
             waiting.append(fd)
         select.select(waiting, [], [], timeout)
         self._wake.drain()
-        self._handle_signals()
         if self.state.waiting_for_memory_s is not None:
             self._look_for_memory()
         if self.watch is not None:

@@ -265,7 +265,8 @@ def _plan(state: State, policy: Policy) -> AnyEvent:
     if n > policy.limits.max_attempts:
         why = f"{policy.limits.max_attempts} attempts were made, the limit of the policy"
         return Finished(result="gave_up", exit_code=EXIT_LADDER_EXHAUSTED, why=why)
-    checkpoint = state.checkpoint
+    assert state.run is not None
+    checkpoint = state.checkpoint if state.run.checkpoints.place else None  # else it cannot be told to resume
     return AttemptPlanned(
         attempt=n,
         settings=state.settings,

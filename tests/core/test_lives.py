@@ -673,3 +673,12 @@ def test_recreated_run_forgets_everything() -> None:
     run.oom()
     again: RunCreated = created(run.rules)
     assert evolve(run.state, again).attempts == ()
+
+
+@pytest.mark.parametrize(("limit", "restored"), [(2, False), (3, False), (4, True)])
+def test_nothing_is_given_back_when_no_attempt_is_left_to_take_it_back(limit: int, restored: bool) -> None:
+    run = Life(created(policy(SMALLER, restore=Restore(after_steps=10, retry_failed=True), max_attempts=limit)))
+    run.oom()
+    decisions = run.steps(20)
+    assert ("RestorationChosen" in kinds(decisions)) == restored, story(decisions)
+    assert run.steps(30) == [] or restored, "told once"

@@ -25,7 +25,9 @@ def test_steps_done_again_are_lost_steps() -> None:
     assert log_of(run).run.lost_steps == 7
     run.steps(45)
     run.oom()
-    assert log_of(run).run.lost_steps == 14, "the furthest step was 47, whatever the attempt in between reached"
+    assert log_of(run).run.lost_steps == 12, "41 to 47, and 41 to 45 once more"
+    run.oom()
+    assert log_of(run).run.lost_steps == 12, "it failed at once, so nothing more was lost"
 
 
 def test_everything_is_lost_without_a_checkpoint() -> None:
@@ -175,3 +177,15 @@ def test_ladder_unfolds_on_the_host_and_under_a_budget_too() -> None:
     told = unfold(created(policy(SMALLER), trains_on="host", memory_budget_bytes=GIB))
     assert story(list(told))[::5] == ["micro-batch 12 x 4 -> 8 x 6", "micro-batch 2 x 24 -> 1 x 48"]
     assert story(list(told))[-1] == "gave_up"
+
+
+def test_night_in_which_the_run_was_stopped_is_not_lost_to_failures() -> None:
+    run = life()
+    run.steps(10)
+    run.user_stops()
+    run.now = 5.0
+    run.left()
+    run.now = 3600.0
+    run.tell(SupervisorStarted(pid=2, takeover=True))
+    run.steps(11)
+    assert log_of(run).run.lost_s == 0.0

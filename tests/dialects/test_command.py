@@ -60,6 +60,7 @@ def test_active_environment_goes_before_every_other_python(folder: Path, monkeyp
         (("python3", "-c", "print()", "train.py"), None, None),
         (("torchrun", "--standalone", "train.py", "--b=2"), "train.py", ("--b=2",)),
         (("tool", "go"), None, ("go",)),
+        (("tool", "-c", "cd a && python train.py"), None, None),
     ],
 )
 def test_script_and_its_arguments_are_found(

@@ -225,7 +225,13 @@ def test_rewritten_command_says_exactly_the_settings_wanted(typed: list[str], ch
 
 
 def test_option_takes_the_place_of_the_last_one_and_duplicates_go() -> None:
-    assert with_option(("a.py", "--x=1", "--y=2", "--x=3", "b.py"), "x", 4) == ("a.py", "--y=2", "--x=4", "b.py")
+    assert with_option(("a.py", "--x=1", "--y=2", "--x=3", "b.py"), "x", 4) == (
+        "a.py",
+        "--y=2",
+        "b.py",
+        "--x=4",
+    ), "a config file after the option would take it back"
+    assert with_option(("a.py", "--x=1", "--y=2"), "x", 4) == ("a.py", "--x=4", "--y=2")
     assert with_option(("a.py",), "x", False) == ("a.py", "--x=False")
     assert with_option(("--xy=1",), "x", True) == ("--xy=1", "--x=True")
     assert with_option(("--x=a=b",), "x", "c=d") == ("--x=c=d",)

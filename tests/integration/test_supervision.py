@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import sys
+import time
 
+from gpusup.supervisor.loop import AGAIN_S
 from program import FAKES, Gpusup, finish, kinds, of_kind, read_until, wait_gone
 
 COOPERATING = str(FAKES / "cooperating.py")
@@ -73,6 +75,7 @@ def test_sigterm_then_again_kills_a_trainer_that_will_not_leave(gpusup: Gpusup) 
     read_until(run, b"step 5\n")
     run.send_signal(signal.SIGTERM)
     read_until(run, b"asked to save and leave")
+    time.sleep(2 * AGAIN_S)
     run.send_signal(signal.SIGTERM)
     assert finish(run)[0] == 122
     assert gpusup.log()["attempts"][0]["exit"] == {"code": None, "signal": 9}
@@ -85,6 +88,7 @@ def test_a_trainer_that_cannot_save_is_not_stopped_by_the_first_ctrl_c(gpusup: G
     read_until(run, b"up\n")
     run.send_signal(signal.SIGINT)
     read_until(run, b"cannot save when asked")
+    time.sleep(2 * AGAIN_S)
     run.send_signal(signal.SIGINT)
     assert finish(run)[0] == 122
     assert gpusup.log()["attempts"][0]["exit"]["signal"] == 9
@@ -220,3 +224,19 @@ def test_list_of_runs_is_newest_first_and_names_the_settings(gpusup: Gpusup) -> 
     assert [line.split()[1] for line in lines[1:]] == ["newer", "older"]
     assert all("micro-batch 8 x 2, float32, compile off" in line for line in lines[1:])
     assert [run["name"] for run in json.loads(gpusup("log", "-o", "json").stdout)["runs"]] == ["newer", "older"]
+
+
+def test_signals_that_come_together_are_one_request(gpusup: Gpusup) -> None:
+    run = gpusup.start("run", "rtx4070", "--", COOPERATING, "--max_iters=100000", "--step_s=0.2")
+    read_until(run, b"step 3\n")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):  # `timeout` sends two, a wrapper one more
+        run.send_signal(number)
+    code, output = finish(run)
+    assert (code, gpusup.log()["attempts"][0]["exit"]) == (122, {"code": None, "signal": 15}), output
+
+
+def test_folder_that_cannot_be_written_is_a_message_and_not_the_trainers_exit_code(gpusup: Gpusup) -> None:
+    gpusup.environment["GPUSUP_HOME"] = "/proc/gpusup"
+    done = gpusup("run", "rtx4070", "--", COOPERATING)
+    assert (done.returncode, "Traceback" in done.stderr) == (125, False)
+    assert "/proc/gpusup" in done.stderr

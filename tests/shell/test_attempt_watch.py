@@ -1,6 +1,8 @@
 """What is made of an attempt's files; the trainer's own reports are a stranger's words and may be anything."""
 
 import json
+import pickle
+import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -8,11 +10,13 @@ from typing import TypeVar
 import msgspec
 import pytest
 from gpusup.supervisor.attempt_watch import AttemptWatch, Echo
+from gpusup.supervisor.checkpoints import Keeper
 from gpusup.supervisor.core.events import (
     AnyEvent,
     AttemptEnded,
     CheckpointSaved,
     KnobUnavailable,
+    Note,
     OomDetected,
     PeakMeasured,
     Progress,
@@ -49,7 +53,7 @@ ALLOCATOR = (
 class Watched:
     """An attempt whose process is gone already and whose files are as given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keeper: Keeper | None = None) -> None:
         self.folder = folder
         self.shown: list[bytes] = []
         self.watch = AttemptWatch(
@@ -58,7 +62,7 @@ class Watched:
             TrainerProcess(folder, 0, 0, 0, 0),
             DIALECTS["nanogpt"],
             Echo(stdout=self.shown.append, stderr=self.shown.append),
-            None,
+            keeper,
             Attempt(n=1, settings=RUN.settings, argv=(), because=""),
             0,
         )
@@ -208,3 +212,22 @@ def test_no_report_however_strange_breaks_the_supervision_or_the_journal(reports
         watched.append("stderr.log", f"Traceback (most recent call last):\n{ALLOCATOR}\n")
         for event in watched.observed() + watched.concluded():
             msgspec.json.decode(msgspec.json.encode(event), type=AnyEvent)
+
+
+def test_checkpoint_that_cannot_be_copied_is_told_once_and_used_where_it_is(tmp_path: Path) -> None:
+    source = tmp_path / "ckpt.pt"
+    (tmp_path / "copies").touch()  # no folder can be made here
+    watched = Watched(tmp_path, Keeper(source, tmp_path / "copies", not_before=0))
+    for step in (10, 20):
+        with zipfile.ZipFile(source, "w") as archive:
+            archive.writestr("ckpt/data.pkl", pickle.dumps({"iter_num": step}, protocol=2))
+        events = list(watched.watch.observe(None, final=True))
+        [saved] = [event for event in events if isinstance(event, CheckpointSaved)]
+        assert (saved.step, saved.path, saved.copy) == (step, str(source), None)
+        assert [isinstance(event, Note) for event in events].count(True) == (step == 10)
+
+
+def test_report_nested_without_end_tells_nothing(tmp_path: Path) -> None:
+    watched = Watched(tmp_path)
+    watched.append("events.jsonl", "[" * 200_000 + "\n")
+    assert watched.observed() == []

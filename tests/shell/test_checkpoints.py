@@ -254,9 +254,17 @@ def test_copy_that_cannot_be_written_is_told_and_the_trainers_file_is_left(sourc
     save(source, 10)
     folder.mkdir()
     (folder / ".incoming.pt.part").mkdir()  # in the way
+    refused, theirs = Keeper(source, folder, not_before=0).finish()
+    assert "could not be copied" in refused.problem
+    assert (theirs.path, theirs.step, theirs.problem) == (source, 10, ""), "better than to start from zero"
+    assert check(source).step == 10
+
+
+def test_neither_a_copy_nor_a_torn_original_is_a_checkpoint(source: Path, folder: Path) -> None:
+    source.write_bytes(content_of(10)[:50])
+    folder.touch()  # no folder can be made here
     [refused] = Keeper(source, folder, not_before=0).finish()
     assert "could not be copied" in refused.problem
-    assert check(source).step == 10
 
 
 # --- putting a copy back ----------------------------------------------------------------------------------------------

@@ -146,8 +146,9 @@ def test_trainer_has_default_signals_whatever_gpusup_ignores(attempt: Path) -> N
             signal.signal(number, handler)
     end_of(trainer)
     status = dict(line.split(":\t", 1) for line in (attempt / "stdout.log").read_text().splitlines() if ":\t" in line)
-    assert int(status["SigIgn"], 16) == 0
-    assert int(status["SigBlk"], 16) == 0
+    ordinary = 0x7FFFFFFF  # 32 and up are the C library's own; who started the tests may have touched them
+    assert int(status["SigIgn"], 16) & ordinary == 0
+    assert int(status["SigBlk"], 16) & ordinary == 0
 
 
 def test_trainer_leads_a_session_of_its_own_and_reads_nothing(attempt: Path) -> None:
@@ -370,3 +371,14 @@ def test_shim_ignores_what_ends_a_login_session(attempt: Path, told: Told, order
         os.kill(keeper, number)
     ordered.say("go")
     assert end_of(trainer).exit == ExitStatus(code=8)
+
+
+def test_process_whose_name_is_no_text_is_found_all_the_same() -> None:
+    renames = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe) (', 0, 0, 0); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", renames], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        try:
+            assert shim.start_ticks(child.pid) > 0
+        finally:
+            child.kill()

@@ -1,10 +1,12 @@
 """The memory budget in a trainer's own process: with the real torch, a real limit and real failed allocations."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gpusup.supervisor.launch_env import BOOT
@@ -132,3 +134,24 @@ def test_sitecustomize_of_theirs_that_fails_fails_as_it_always_did(python: Pytho
 def test_missing_torch_is_told_as_always(python: Python, tmp_path: Path) -> None:
     done = python.run("import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]; import torch")
     assert "ModuleNotFoundError: No module named 'torch'" in done.stderr
+
+
+def test_budget_leaves_the_current_device_as_it_was() -> None:
+    """PyTorch makes the device whose fraction is set the current one; `cuda` would then mean the last."""
+    current, queued = [0], []
+    cuda = SimpleNamespace(
+        _lazy_call=queued.append,
+        device_count=lambda: 3,
+        get_device_properties=lambda device: SimpleNamespace(total_memory=4 * BUDGET),
+        set_per_process_memory_fraction=lambda fraction, device: current.__setitem__(0, device),
+        current_device=lambda: current[0],
+        set_device=lambda device: current.__setitem__(0, device),
+    )
+    spec = importlib.util.spec_from_file_location("boot", BOOT / "sitecustomize.py")
+    assert spec is not None and spec.loader is not None
+    boot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(boot)
+    boot.limit_device(SimpleNamespace(cuda=cuda), BUDGET)
+    [apply] = queued
+    apply()
+    assert current == [0]
