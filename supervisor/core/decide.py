@@ -146,6 +146,11 @@ def _restoration(state: State, policy: Policy, attempt: Attempt) -> AnyEvent | N
             if (lever, why) not in state.skipped:
                 return RestorationSkipped(attempt=attempt.n, lever=lever, because=why)
             continue
+        if len(state.attempts) + 2 > policy.limits.max_attempts:
+            why = f"of {policy.limits.max_attempts} attempts none would be left to take it back"
+            if (lever, why) not in state.skipped:
+                return RestorationSkipped(attempt=attempt.n, lever=lever, because=why)
+            continue
         wait = ladder.wait_steps(state, policy, lever)
         if attempt.new_steps >= wait and _at_checkpoint(state, attempt, wait):
             because = f"{attempt.new_steps} optimizer steps without an incident"
