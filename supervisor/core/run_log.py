@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from .decide import succeeded
 from .effects import Effect, effects
-from .events import AnyEvent, AttemptEnded, CheckpointSaved, OomDetected, Progress, RunResult
+from .events import AnyEvent, AttemptEnded, CheckpointSaved, Finished, OomDetected, Progress, RunResult
 from .ladder import describe
 from .policy import Settings
 from .state import Attempt, State, fold
@@ -156,6 +156,8 @@ def lost_seconds(events: list[AnyEvent]) -> float:
             furthest = max(furthest, event.step)
             if event.exit.code != 0 and not down_since:
                 down_since = event.at
+        elif isinstance(event, Finished):  # what comes after a stop was the person's own time
+            down_since = ""
     return total
 
 

@@ -349,7 +349,10 @@ def _attempt_event(state: State, event: AttemptEvent) -> State:
         case AttemptStarted():
             return _update(state, n, pid=event.pid, start_ticks=event.start_ticks)
         case Resumed():
-            state = replace(state, lost_steps=state.lost_steps + event.lost_steps)
+            before = next(
+                (a.step for a in reversed(state.attempts) if a.n < n), 0
+            )  # not the furthest: that was counted
+            state = replace(state, lost_steps=state.lost_steps + max(0, before - event.step))
             return _update(state, n, from_step=event.step, step=event.step)
         case BudgetApplied():
             return _update(state, n, budget_limit_bytes=event.limit_bytes)
