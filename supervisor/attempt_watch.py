@@ -19,6 +19,7 @@ from .core.events import (
     BudgetApplied,
     CheckpointSaved,
     KnobUnavailable,
+    Note,
     OomDetected,
     PeakMeasured,
     Progress,
@@ -75,6 +76,7 @@ class AttemptWatch:
         self._in_use_bytes: int | None = None
         self._peak_bytes: int | None = None
         self._reports_itself = False
+        self._problems: set[str] = set()
         self._oom_kills = host.oom_kills()
         self.device_peak: Callable[[], int | None] = lambda: None
 
@@ -232,8 +234,11 @@ class AttemptWatch:
                     step=found.step,
                     path=str(self._keeper.source),
                     bytes=found.bytes,
-                    copy=str(found.path),
+                    copy=None if found.path == self._keeper.source else str(found.path),
                 )
+            elif found.problem not in self._problems:
+                self._problems.add(found.problem)
+                yield Note(text=f"{self._keeper.source} was saved, and no copy of it was kept: {found.problem}")
 
     def _new_lines(self, tail: LineTail, final: bool) -> list[bytes]:
         lines = []
@@ -325,6 +330,6 @@ def _count(value: object) -> int:
 def _object(line: bytes) -> dict[str, Any]:
     try:
         content = msgspec.json.decode(line)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

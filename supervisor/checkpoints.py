@@ -96,9 +96,9 @@ def copy_file(source: Path, target: Path) -> None:
 
 def keep(source: Path, folder: Path) -> Checked:
     """A verified copy of `source` in `folder`, named for its step; of our copies the newest `COPIES_KEPT` stay."""
-    folder.mkdir(mode=0o700, exist_ok=True)
     incoming = folder / "incoming.pt"
     try:
+        folder.mkdir(mode=0o700, exist_ok=True)
         copy_file(source, incoming)
     except OSError as error:
         return Checked(path=source, problem=f"it could not be copied ({error.strerror})")
@@ -161,7 +161,12 @@ class Keeper:
         return (status.st_mtime_ns, status.st_size) if status.st_mtime >= self._not_before else None
 
     def _keep(self) -> None:
-        self._done.put(keep(self.source, self.folder))
+        kept = keep(self.source, self.folder)
+        self._done.put(kept)
+        if kept.problem:  # without a copy the trainer's own file is still better than to start from zero
+            theirs = check(self.source)
+            if not theirs.problem and theirs.step is not None:
+                self._done.put(theirs)
 
     def _collected(self) -> list[Checked]:
         found = []
