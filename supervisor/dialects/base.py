@@ -79,9 +79,12 @@ class Generic:
 
 
 def with_option(arguments: tuple[str, ...], key: str, value: Scalar) -> tuple[str, ...]:
-    """`--key=value` in place of the last token for `key`, other tokens for it removed; appended if there is none."""
+    """`--key=value` in place of the last token for `key`, other tokens for it removed; at the end if there is none.
+
+    At the end too if a config file comes later: what it assigns would go before the option.
+    """
     token = f"--{key}={value}"
     places = [i for i, argument in enumerate(arguments) if argument.startswith(f"--{key}=")]
-    if not places:
-        return (*arguments, token)
+    if not places or any(not argument.startswith("--") for argument in arguments[places[-1] :]):
+        return (*(argument for i, argument in enumerate(arguments) if i not in places), token)
     return tuple(token if i == places[-1] else argument for i, argument in enumerate(arguments) if i not in places[:-1])

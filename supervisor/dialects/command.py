@@ -70,6 +70,8 @@ def parse_command(words: tuple[str, ...], cwd: str, python: str | None = None) -
         script, args_from = _python_script(words)
     else:
         script, args_from = _script_word(words, 1)
+    if script is not None and " " in script and not (Path(cwd) / script).is_file():
+        script, args_from = None, 1  # a shell's whole command, as in `bash -c "... train.py"`
     if script is not None and script.endswith(".py"):
         _must_exist(Path(cwd) / script, script)
     interpreter = program if Path(words[0]).name.startswith("python") else ""
