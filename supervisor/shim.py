@@ -176,8 +176,8 @@ def signal_quietly(pid: int, number: int) -> None:
 
 def start_ticks(pid: int) -> int:
     """Start time of a process in clock ticks since boot: with the pid and the boot id, its identity."""
-    with open(f"/proc/{pid}/stat") as f:
-        return int(f.read().rsplit(")", 1)[1].split()[19])
+    with open(f"/proc/{pid}/stat", "rb") as f:  # a process may have any bytes for a name
+        return int(f.read().rsplit(b")", 1)[1].split()[19])
 
 
 def boot_id() -> str:

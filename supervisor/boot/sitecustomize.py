@@ -59,9 +59,11 @@ def limit_device(torch: Any, budget_bytes: int) -> None:
     """Cap the CUDA caching allocator on every visible device, once CUDA is initialised (never initialise it here)."""
 
     def apply() -> None:
+        current = torch.cuda.current_device()
         for device in range(torch.cuda.device_count()):
             total_bytes = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes), device)
+        torch.cuda.set_device(current)  # setting a fraction makes its device the current one
         report("device", 0, budget_bytes)
 
     torch.cuda._lazy_call(apply)

@@ -374,7 +374,9 @@ def test_shim_ignores_what_ends_a_login_session(attempt: Path, told: Told, order
 
 
 def test_process_whose_name_is_no_text_is_found_all_the_same() -> None:
-    renames = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe) (', 0, 0, 0); print(flush=True); time.sleep(60)"
+    renames = (
+        "import ctypes, time; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe) (', 0, 0, 0); print(flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", renames], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()

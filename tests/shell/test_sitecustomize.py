@@ -148,7 +148,8 @@ def test_budget_leaves_the_current_device_as_it_was() -> None:
         set_device=lambda device: current.__setitem__(0, device),
     )
     spec = importlib.util.spec_from_file_location("boot", BOOT / "sitecustomize.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     boot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(boot)
     boot.limit_device(SimpleNamespace(cuda=cuda), BUDGET)
