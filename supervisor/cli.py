@@ -82,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     except GpusupError as error:
         print(error if isinstance(error, PolicyError) else f"gpusup: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"gpusup: {error}", file=sys.stderr)
+        return GpusupError.exit_code
 
 
 if __name__ == "__main__":

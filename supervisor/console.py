@@ -1,6 +1,7 @@
 """The person at the terminal: the trainer's output on its own streams, gpusup's lines on stderr."""
 
 import sys
+import traceback
 from datetime import datetime
 
 from .attempt_watch import Echo
@@ -8,6 +9,7 @@ from .core.decide import EXIT_STOPPED
 from .core.events import AnyEvent, Finished
 from .core.state import State
 from .dialects.base import Dialect
+from .errors import GpusupError
 from .journal import Journal
 from .loop import Detached, Supervisor, Tell, write_quietly
 from .narrate import LABEL_WIDTH, narrate
@@ -53,6 +55,14 @@ def supervise(directory: RunDirectory, journal: Journal, dialect: Dialect, quiet
         left = "training goes on" if attempt is not None and not attempt.ended else "no trainer is running"
         say(f"\ngpusup: left; {left}. `gpusup resume {directory.id}` takes it over again\n")
         return EXIT_STOPPED
+    except GpusupError:
+        raise
+    except Exception as error:
+        say(traceback.format_exc())
+        raise GpusupError(
+            f"a defect or this machine ended the supervision ({error!r}); the trainer, if any, goes on. "
+            f"`gpusup resume {directory.id}` takes it over"
+        ) from error
     finally:
         journal.close()
     say(_last_words(directory, supervisor.state))

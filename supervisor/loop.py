@@ -68,6 +68,7 @@ class Supervisor:
         self.watch: AttemptWatch | None = None
         self._signals: list[int] = []
         self._warned = False
+        self._asked_at = -AGAIN_S
         self._waiting_since: float | None = None
 
     def run(self) -> int:
@@ -133,7 +134,7 @@ class Supervisor:
         return {knob: value for knob, value in settings.items() if initial.get(knob) != value}
 
     def _resumed(self, plan: AttemptPlanned) -> None:
-        """Put the checkpoint where the trainer looks for it, and say where it goes on. Doing it twice changes nothing."""
+        """Put the checkpoint where the trainer looks for it, and say where it goes on. Twice is as good as once."""
         lost_steps = self.state.max_step - (plan.resume_step or 0)
         if plan.resume_path is None:
             if plan.attempt > 1 and not self.run_spec.checkpoints.place:
@@ -210,6 +211,7 @@ class Supervisor:
                 self._resumed(plan)
             self._launch(attempt.n, attempt.argv)
             return
+        self.sampler.held_before = None  # what is held now may be the trainer's own
         self._follow(attempt.n, found)
         if self.watch is not None:
             self.watch.skip_shown()
@@ -256,6 +258,10 @@ class Supervisor:
             self._asked_to_stop("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def _asked_to_stop(self, by: str) -> None:
+        now = time.monotonic()
+        if now - self._asked_at < AGAIN_S:
+            return
+        self._asked_at = now
         attempt = self.state.attempt
         running = attempt is not None and not attempt.ended
         if self._warned or self.state.stop_asked is not None:
