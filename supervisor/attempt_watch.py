@@ -27,7 +27,7 @@ from .core.events import (
     TrainerReported,
 )
 from .core.state import Attempt
-from .core.verdict import Diagnosis, Evidence, TrainerFailure
+from .core.verdict import Diagnosis, Evidence, ExitStatus, TrainerFailure
 from .dialects.base import Dialect, Seen
 from .process import Ended, TrainerProcess
 from .tail import LineTail, Tail, last_bytes
@@ -252,7 +252,8 @@ class AttemptWatch:
         """The last facts of the attempt: everything unread, then the incident if it was one, then its end."""
         yield from self.observe(None, final=True)
         diagnosis = self._diagnose(ended)
-        if diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and self._corroborated(diagnosis)):
+        seen = ended.exit != ExitStatus()  # of an end that nobody saw, text alone proves nothing
+        if seen and (diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and self._corroborated(diagnosis))):
             yield self._out_of_memory(diagnosis)
         phase = diagnosis.phase or (self._failure.phase if self._failure else None)
         yield AttemptEnded(

@@ -39,6 +39,10 @@ from .run_store import RunDirectory
 from .sampler import Sampler
 
 LOOK_EVERY_S = 0.1
+MEMORY_EVERY_S = 2.0
+"""Asking NVML who holds what is expensive, and stalls the device's driver."""
+WARNED_FOR_S = 30.0
+"""How long a warning counts: a Ctrl-C hours later is a new request."""
 AGAIN_S = 0.5
 """A signal so soon after another is the same request: `timeout` and wrappers send several."""
 GIVE_BACK_S = 50.0
@@ -67,9 +71,10 @@ class Supervisor:
         self.sampler = Sampler(directory.samples, run.gpu_uuid if run.trains_on == "gpu" else None)
         self.watch: AttemptWatch | None = None
         self._signals: list[int] = []
-        self._warned = False
+        self._warned_at = float("-inf")
         self._asked_at = -AGAIN_S
         self._waiting_since: float | None = None
+        self._memory_asked_at = 0.0
 
     def run(self) -> int:
         """Until the run is finished; returns its exit code.
@@ -264,10 +269,10 @@ class Supervisor:
         self._asked_at = now
         attempt = self.state.attempt
         running = attempt is not None and not attempt.ended
-        if self._warned or self.state.stop_asked is not None:
+        if now - self._warned_at < WARNED_FOR_S or self.state.stop_asked is not None:
             self.record(StopAsked(by=by, now=True))
         elif attempt is not None and running and not attempt.can_save:
-            self._warned = True
+            self._warned_at = now
             saved = self.state.checkpoint.step if self.state.checkpoint else 0
             lost = f"loses the {attempt.step - saved} steps since step {saved}"
             leave = f"Ctrl-\\ : leave it running (`gpusup resume {self.directory.id}` takes over)"
@@ -296,11 +301,19 @@ class Supervisor:
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
         waited = time.monotonic() - self._waiting_since
-        held = self.sampler.held_by_others()
-        enough = held is not None and held < FOREIGN_BYTES
+        if time.monotonic() - self._memory_asked_at < MEMORY_EVERY_S:
+            return
+        self._memory_asked_at = time.monotonic()
+        held, free = self.sampler.held_by_others(), self.sampler.device_free()
+        enough = (held is not None and held < FOREIGN_BYTES) or (free is not None and free >= self._wanted_bytes())
         if enough or waited >= (self.state.waiting_for_memory_s or 0):
             self._waiting_since = None
-            self.record(MemoryWaited(enough=enough, waited_s=round(waited, 1), free_bytes=self.sampler.device_free()))
+            self.record(MemoryWaited(enough=enough, waited_s=round(waited, 1), free_bytes=free))
+
+    def _wanted_bytes(self) -> float:
+        """What the last attempt held and asked for besides; unknown is more than any device has."""
+        oom = self.state.attempt.oom if self.state.attempt else None
+        return oom.at_least_bytes if oom is not None and oom.at_least_bytes is not None else float("inf")
 
 
 class Tell:

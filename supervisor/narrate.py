@@ -72,7 +72,7 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
             return "kept", f"{event.lever} passed its probation at step {event.step}"
         case RestorationReverted():
             again = f"; not tried again before {event.next_wait_steps} stable steps"
-            return "reverted", f"{describe_changes(event.changes)}: it did not fit{again}"
+            return "reverted", f"{describe_changes(event.changes)}: {event.because}{again}"
         case MemoryWaited():
             outcome = "memory was given back" if event.enough else "others still hold the memory"
             return "waited", f"{format_duration(event.waited_s)}: {outcome}"

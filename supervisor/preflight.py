@@ -49,6 +49,8 @@ def prepare(command: Command, dialect: Dialect, policy: Policy, policy_name: str
         raise UsageError(
             "a memory budget was asked for, the trainer wants CUDA, and no GPU can be seen; use --device=cpu"
         )
+    if budget is not None and trains_on == "gpu" and command.processes > 1:
+        raise UsageError("a memory budget on the GPU is for one process; run one rank, or without --memory-budget")
     gpu = _watched(gpus, reading.device) if command.processes == 1 else None
     run = RunCreated(
         run_id="",

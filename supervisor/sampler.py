@@ -75,7 +75,7 @@ class Sampler:
         if self._nvml is None or self._uuid is None:
             return None
         per_process = self._nvml.process_bytes(self._uuid)
-        if per_process is not None:
+        if per_process:  # none at all is also what a container and WSL2 are told
             return sum(per_process.values())
         used = self.device_used()
         return None if used is None else max(0, used - NOT_A_PROCESS_BYTES)

@@ -7,15 +7,16 @@ from msgspec.structs import replace
 
 from ..checkpoints import check, keep
 from ..console import say, supervise
-from ..core.events import AnyEvent, CheckpointSaved, Note
+from ..core.events import AnyEvent, CheckpointSaved, Note, RunCreated
+from ..core.state import fold
 from ..dialects.base import Dialect, Reading
 from ..dialects.command import parse_command
 from ..dialects.detect import DIALECTS, detect
 from ..errors import UsageError
-from ..journal import Journal
+from ..journal import Journal, is_locked
 from ..policy_file import find_policy, load_policy
 from ..preflight import Wanted, prepare
-from ..run_store import RunDirectory, create_run
+from ..run_store import RunDirectory, create_run, list_runs
 from ..screen import screen
 from ..units import parse_bytes
 
@@ -66,6 +67,7 @@ def command(
         observe=observe,
     )
     prepared = prepare(trainer, dialect, loaded, path.stem, wanted)  # before there is a run: it may be refused
+    refuse_shared_place(prepared.run)
     directory = create_run()
     journal = Journal(directory.journal)
     run = replace(prepared.run, run_id=directory.id)
@@ -75,6 +77,18 @@ def command(
         journal.events.append(journal.append(Note(text=note)))
     say(screen(run, prepared))
     return supervise(directory, journal, dialect, quiet)
+
+
+def refuse_shared_place(run: RunCreated) -> None:
+    """Two runs that save into one folder would take each other's checkpoints for their own."""
+    place = run.checkpoints.place
+    for other in list_runs() if place else []:
+        if is_locked(other.journal):
+            state = fold(other.events())
+            if state.run is not None and Path(state.run.checkpoints.place).resolve() == Path(place).resolve():
+                raise UsageError(
+                    f"run {other.id} is at work in {place}; give this one another out_dir, or stop that one"
+                )
 
 
 def given_checkpoint(reading: Reading, dialect: Dialect, directory: RunDirectory) -> list[AnyEvent]:

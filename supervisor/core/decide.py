@@ -21,13 +21,14 @@ from .events import (
 from .ladder import Not, describe, describe_changes
 from .policy import Policy
 from .state import Attempt, State, inverse
+from .verdict import ExitStatus
 
 EXIT_LADDER_EXHAUSTED = 121
 EXIT_STOPPED = 122
 EXIT_SELF = 125
 
 TERMINATE_GRACE_S = 10.0
-KILL_GRACE_S = 10.0
+KILL_GRACE_S = 30.0
 
 
 def decide(state: State, policy: Policy, now: float) -> AnyEvent | None:
@@ -106,8 +107,8 @@ def _while_running(state: State, policy: Policy, attempt: Attempt, now: float) -
 def _stop(state: State, policy: Policy, attempt: Attempt, now: float, why: str) -> StopRequested:
     if state.stop_asked is not None and state.stop_asked.now:
         return _stop_request(attempt, "kill", why, now + KILL_GRACE_S)
-    if attempt.can_save:
-        return _stop_request(attempt, "save", why, now + policy.limits.grace_s)
+    if attempt.can_save:  # it finishes its optimizer step first, and that may take long
+        return _stop_request(attempt, "save", why, now + max(policy.limits.grace_s, 3 * (attempt.step_s or 0.0)))
     return _stop_request(attempt, "terminate", why, now + TERMINATE_GRACE_S)
 
 
@@ -180,6 +181,8 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
         return Finished(result="done", exit_code=0, why=_success(state))
     if attempt.stop is not None and attempt.oom is None:  # it left because it was told to
         return _plan(state, policy)
+    if attempt.exit == ExitStatus() and attempt.oom is None:
+        return _unseen_end(state, policy, attempt)
     if state.probation is not None:
         tried = state.probation.attempt <= attempt.n  # or out of memory while leaving, before the try could begin
         wait = ladder.wait_steps(state, policy, state.probation.lever) * (
@@ -189,7 +192,7 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
             attempt=attempt.n,
             lever=state.probation.lever,
             changes=inverse(state.probation.changes),
-            because=attempt.message or "it failed on probation",
+            because="it did not fit" if attempt.oom is not None else attempt.message or "it failed on probation",
             next_wait_steps=round(wait),
         )
     if attempt.oom is not None and _covered(state, attempt):
@@ -201,6 +204,15 @@ def _complete(state: State, attempt: Attempt) -> bool:
     """Whether training has reached its end; some trainers exit with 0 when they are told to leave before it."""
     left = attempt.stop is not None and state.target_steps is not None and attempt.step < state.target_steps
     return succeeded(attempt) and not left
+
+
+def _unseen_end(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
+    """A reboot, or the trainer's keeper was killed: not knowing is no reason to change a setting, or to end the run."""
+    before = state.attempts[-2] if len(state.attempts) > 1 else None
+    if attempt.new_steps == 0 and before is not None and before.exit == attempt.exit:
+        why = "twice in a row nobody saw how the trainer ended, and it got no further; `gpusup resume` tries again"
+        return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
+    return _plan(state, policy)
 
 
 def _covered(state: State, attempt: Attempt) -> bool:
@@ -215,7 +227,6 @@ def _not_covered(state: State, attempt: Attempt) -> str:
         "a smaller micro-batch does not",
         "host_oom_suspected": "it was killed (SIGKILL), perhaps by the kernel for lack of memory; nothing proves it",
         "shm_oom": "shared memory (/dev/shm) ran out: fewer data workers or a larger /dev/shm help",
-        "unknown": "its exit status was lost, so nothing is changed or repeated",
     }.get(attempt.diagnosis, "the policy does not cover this failure, so no setting was changed")
     return f"{cause}. {attempt.message}".rstrip()
 
@@ -271,6 +282,10 @@ def _plan(state: State, policy: Policy) -> AnyEvent:
         why = f"{policy.limits.max_attempts} attempts were made, the limit of the policy"
         return Finished(result="gave_up", exit_code=EXIT_LADDER_EXHAUSTED, why=why)
     assert state.run is not None
+    if state.checkpoint is None and state.rejected:
+        why = f"none of its {len(state.rejected)} checkpoints can be read, the newest {state.rejected[0].source}; "
+        why += "it is not started over: see to the files, then `gpusup resume` looks again"
+        return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
     checkpoint = state.checkpoint if state.run.checkpoints.place else None  # else it cannot be told to resume
     return AttemptPlanned(
         attempt=n,

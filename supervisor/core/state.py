@@ -155,6 +155,8 @@ class State(Struct, frozen=True, kw_only=True):
     """For the next attempt."""
     attempts: tuple[Attempt, ...] = ()
     checkpoints: tuple[CheckpointRef, ...] = ()
+    rejected: tuple[CheckpointRef, ...] = ()
+    """Found unreadable since this supervisor began; the next one looks again."""
     max_step: int = 0
     lost_steps: int = 0
     target_steps: int | None = None
@@ -224,7 +226,8 @@ def _evolve(state: State, event: AnyEvent) -> State:
         case RunCreated() | Note():
             return state
         case SupervisorStarted():  # taking over a run that was stopped continues it
-            return replace(state, finished=None, stop_asked=None)
+            again = sorted({*state.checkpoints, *state.rejected}, key=lambda ref: ref.step)
+            return replace(state, finished=None, stop_asked=None, checkpoints=tuple(again), rejected=())
         case StopAsked():
             now = event.now or (state.stop_asked is not None and state.stop_asked.now)
             return replace(state, stop_asked=replace(event, now=now))
@@ -250,10 +253,13 @@ def _evolve(state: State, event: AnyEvent) -> State:
         case CheckpointSaved():
             ref = CheckpointRef(event.step, event.path, event.copy)
             kept = [c for c in state.checkpoints if c.step < event.step and c.source != ref.source]
-            return _progressed(replace(state, checkpoints=(*kept[-3:], ref)), event.attempt, event.step)
+            rejected = tuple(c for c in state.rejected if c.step < event.step)
+            state = replace(state, checkpoints=(*kept[-3:], ref), rejected=rejected)
+            return _progressed(state, event.attempt, event.step)
         case CheckpointRejected():
-            kept = [c for c in state.checkpoints if (c.source, c.step) != (event.path, event.step)]
-            return replace(state, checkpoints=tuple(kept))
+            bad = tuple(c for c in state.checkpoints if (c.source, c.step) == (event.path, event.step))
+            kept = [c for c in state.checkpoints if c not in bad]
+            return replace(state, checkpoints=tuple(kept), rejected=(*state.rejected, *bad))
         case RemediationChosen():
             changed = applied(state.settings, event.changes) if event.applied else state.settings
             return replace(

@@ -353,7 +353,9 @@ def check_the_end(world: World) -> None:
                 assert attempt.step >= state.target_steps
         case "stopped":
             assert finished.exit_code == EXIT_STOPPED
-            assert state.stop_asked is not None
+            unreadable = state.rejected and not state.checkpoints
+            unseen = attempt is not None and attempt.exit == ExitStatus()
+            assert state.stop_asked is not None or unreadable or unseen
         case "gave_up":
             assert finished.exit_code == EXIT_LADDER_EXHAUSTED
             assert attempt is not None

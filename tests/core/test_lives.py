@@ -230,9 +230,23 @@ def test_host_oom_of_a_host_run_is_covered() -> None:
 
 def test_lost_exit_status_is_not_taken_for_success() -> None:
     run = life(*LADDER)
+    run.steps(5)
+    assert kinds(run.ended(diagnosis="unknown")) == ["AttemptPlanned"]
+    assert run.attempt.settings == START
     run.ended(diagnosis="unknown")
-    assert finished(run).result == "failed"
-    assert finished(run).exit_code == 1
+    assert (finished(run).result, finished(run).exit_code) == ("stopped", 122)
+
+
+def test_end_that_nobody_saw_reverts_no_probation() -> None:
+    run = life(COMPILE_OFF, SMALLER, restore=UP)
+    run.oom()
+    run.oom()
+    run.restores(100)
+    tried = run.attempt.settings
+    run.steps(101)
+    assert kinds(run.ended(diagnosis="unknown")) == ["AttemptPlanned"]
+    assert run.attempt.settings == tried
+    assert run.state.failed_tries == {}
 
 
 def test_oom_without_remediations_gives_up() -> None:
@@ -637,6 +651,17 @@ def test_each_rejected_checkpoint_falls_back_to_the_one_before_and_then_to_the_s
         seen.append(run.state.checkpoint.step)
         run.record(CheckpointRejected(path=run.state.checkpoint.source, step=seen[-1], why="torn"))
     assert seen == [20, 10]
+
+
+def test_run_whose_checkpoints_are_all_unreadable_stops_instead_of_starting_over_and_looks_again() -> None:
+    run = life(SMALLER)
+    run.saved(10)
+    assert run.state.checkpoint is not None
+    run.record(CheckpointRejected(path=run.state.checkpoint.source, step=10, why="it could not be read"))
+    run.oom()
+    assert (finished(run).result, finished(run).exit_code) == ("stopped", 122)
+    run.tell(SupervisorStarted(pid=2, takeover=True))
+    assert run.attempt.resume_step == 10
 
 
 def test_checkpoints_of_a_replayed_stretch_replace_the_rejected_future() -> None:

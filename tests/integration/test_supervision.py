@@ -240,3 +240,26 @@ def test_folder_that_cannot_be_written_is_a_message_and_not_the_trainers_exit_co
     done = gpusup("run", "rtx4070", "--", COOPERATING)
     assert (done.returncode, "Traceback" in done.stderr) == (125, False)
     assert "/proc/gpusup" in done.stderr
+
+
+def test_second_run_in_the_same_folder_is_refused(gpusup: Gpusup) -> None:
+    first = gpusup.start("run", "rtx4070", "--", COOPERATING, "--max_iters=100000")
+    read_until(first, b"step 1\n")
+    second = gpusup("run", "rtx4070", "--", COOPERATING, "--max_iters=3")
+    assert second.returncode == 2
+    assert "give this one another out_dir" in second.stderr
+    assert gpusup("run", "rtx4070", "--", COOPERATING, "--max_iters=3", "--out_dir=other").returncode == 0
+
+
+def test_shim_killed_then_the_run_goes_on_from_its_checkpoint_with_the_same_settings(gpusup: Gpusup) -> None:
+    run = gpusup.start("run", "rtx4070", "--", COOPERATING, "--max_iters=60", "--step_s=0.05")
+    read_until(run, b"step 15\n")
+    start = json.loads((gpusup.attempts()[0] / "start.json").read_text())
+    os.kill(start["shim_pid"], signal.SIGKILL)
+    os.kill(start["pid"], signal.SIGKILL)
+    code, output = finish(run)
+    log = gpusup.log()
+    assert code == 0, output
+    assert [attempt["from_step"] for attempt in log["attempts"]] == [0, 10]
+    assert log["attempts"][0]["exit"] == {"code": None, "signal": None}
+    assert log["attempts"][0]["settings"] == log["attempts"][1]["settings"]
