@@ -157,6 +157,8 @@ def _figures(run: RunSummary) -> str:
         else "global batch unknown"
     )
     lost = f"{count(run.lost_steps, 'step')} done twice, {format_duration(run.lost_s)} lost to failures"
+    if run.restoring_s:
+        lost += f", {format_duration(run.restoring_s)} spent on giving speed back"
     return f"{run.steps}{target} steps in {count(run.attempts, 'attempt')}, {count(run.ooms, 'OOM')}; {held}; {lost}"
 
 
@@ -196,11 +198,11 @@ def _verdict(effect: Effect) -> str:
     difference = effect.after_bytes - effect.before_bytes
     amount = format_bytes(abs(difference))
     if effect.before_at_least and effect.after_at_least:
-        return " (both ran out: how much it changed is unknown)"
+        return " (both ran out, so no figure)"
     if effect.before_at_least:
-        return f" (freed at least {amount})" if difference < 0 else " (how much it changed is unknown)"
+        return f" (freed at least {amount})" if difference < 0 else " (a bound, so no figure)"
     if effect.after_at_least:
-        return f" (cost at least {amount})" if difference > 0 else " (how much it changed is unknown)"
+        return f" (cost at least {amount})" if difference > 0 else " (a bound, so no figure)"
     if abs(difference) < 0.01 * effect.before_bytes:
         return " (no change)"
     return f" (freed {amount})" if difference < 0 else f" (cost {amount})"

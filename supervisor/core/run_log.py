@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from .decide import succeeded
 from .effects import Effect, effects
-from .events import AnyEvent, AttemptEnded, CheckpointSaved, Finished, OomDetected, Progress, RunResult
+from .events import AnyEvent, AttemptEnded, CheckpointSaved, Finished, OomDetected, Progress, RunResult, StopRequested
 from .ladder import describe
 from .policy import Settings
 from .state import Attempt, State, fold
@@ -34,6 +34,8 @@ class RunSummary(Struct, frozen=True, kw_only=True):
     """Optimizer steps done twice, because a restart went back to a checkpoint."""
     lost_s: float
     """Seconds from each failure until training was further than it had been."""
+    restoring_s: float
+    """The same for the restarts that gave speed back."""
     started: str
     ended: str | None
     elapsed_s: float
@@ -85,6 +87,7 @@ def run_log(events: list[AnyEvent], supervised: bool) -> RunLog:
 def summarize(state: State, events: list[AnyEvent], supervised: bool) -> RunSummary:
     run, finished = state.run, state.finished
     assert run is not None
+    failures_s, restoring_s = seconds_down(events)
     unfinished: RunState = "running" if supervised else "lost"
     return RunSummary(
         id=run.run_id,
@@ -97,7 +100,8 @@ def summarize(state: State, events: list[AnyEvent], supervised: bool) -> RunSumm
         steps=state.max_step,
         target_steps=state.target_steps,
         lost_steps=state.lost_steps,
-        lost_s=round(lost_seconds(events), 1),
+        lost_s=round(failures_s, 1),
+        restoring_s=round(restoring_s, 1),
         started=state.started_at,
         ended=finished.at if finished else None,
         elapsed_s=round(seconds_between(state.started_at, state.last_at), 1),
@@ -143,22 +147,29 @@ def seconds_between(start: str, end: str) -> float:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
 
 
-def lost_seconds(events: list[AnyEvent]) -> float:
-    """Time from each failure until training was further than before: restarts, replayed steps and failed tries."""
-    total, down_since, furthest = 0.0, "", 0
+def seconds_down(events: list[AnyEvent]) -> tuple[float, float]:
+    """Time in which training got no further than it had been: after failures, and while giving speed back.
+
+    Counted from an attempt's end to the first step that is new: restarts, replayed steps and failed tries.
+    """
+    failures_s = restoring_s = 0.0
+    down_since, restoring, furthest = "", False, 0
+    told_to_leave: set[int] = set()
     for event in events:
-        if isinstance(event, (Progress, CheckpointSaved)):
-            if event.step > furthest:
-                if down_since:
-                    total += seconds_between(down_since, event.at)
+        match event:
+            case Progress() | CheckpointSaved() if event.step > furthest:
+                down_s = seconds_between(down_since, event.at) if down_since else 0.0
+                failures_s, restoring_s = failures_s + down_s * (not restoring), restoring_s + down_s * restoring
                 down_since, furthest = "", event.step
-        elif isinstance(event, AttemptEnded):
-            furthest = max(furthest, event.step)
-            if event.exit.code != 0 and not down_since:
-                down_since = event.at
-        elif isinstance(event, Finished):  # what comes after a stop was the person's own time
-            down_since = ""
-    return total
+            case StopRequested():
+                told_to_leave.add(event.attempt)
+            case AttemptEnded():
+                furthest = max(furthest, event.step)
+                if event.exit.code != 0 and not down_since:
+                    down_since, restoring = event.at, event.attempt in told_to_leave
+            case Finished():  # what comes after a stop was the person's own time
+                down_since = ""
+    return failures_s, restoring_s
 
 
 # --- in one sentence -------------------------------------------------------------------------------------------------
