@@ -43,7 +43,11 @@ class Nvml:
         if self._nvml is None:
             return []
         found = []
-        for index in range(self._nvml.nvmlDeviceGetCount()):
+        try:
+            count = self._nvml.nvmlDeviceGetCount()
+        except self._nvml.NVMLError:
+            return []
+        for index in range(count):
             try:
                 handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
                 total = self._nvml.nvmlDeviceGetMemoryInfo(handle).total

@@ -11,7 +11,6 @@ from ..core.effects import Effect
 from ..core.events import AnyEvent, AttemptPlanned, BudgetApplied, Finished
 from ..core.ladder import describe
 from ..core.run_log import AttemptSummary, RunLog, RunSummary, run_log
-from ..core.state import fold
 from ..errors import GpusupError, NoSuchRun
 from ..journal import is_locked
 from ..narrate import narrate
@@ -163,14 +162,13 @@ def _figures(run: RunSummary) -> str:
 
 
 def _event_lines(event: AnyEvent, told: RunLog) -> list[str]:
-    sentence = narrate(event)
-    if sentence is None:
+    line = _line(event).rstrip("\n")
+    if not line:
         return []
-    lines = [f"  {_local(event.at, '%H:%M:%S')}  {sentence[0]:<9} {printable(sentence[1])}"]
     if isinstance(event, AttemptPlanned):
         attempt = told.attempts[event.attempt - 1]
-        lines += [_detail(text) for text in (*_arguments(attempt), *_measured(attempt, told.effects))]
-    return lines
+        return [line, *(_detail(text) for text in (*_arguments(attempt), *_measured(attempt, told.effects)))]
+    return [line]
 
 
 def _detail(text: str) -> str:
@@ -212,16 +210,24 @@ def _verdict(effect: Effect) -> str:
 
 
 def _follow(directory: RunDirectory, in_json: bool) -> None:
-    """Print events as they are journalled, until the run is finished."""
-    shown = 0
+    """Print events as they are journalled, until the run is finished or nobody supervises it any more."""
+    shown, size = 0, -1
     while True:
-        events = directory.events()
-        for event in events[shown:]:
-            if in_json:
-                _write(msgspec.json.encode(event).decode() + "\n")
-            elif (sentence := narrate(event)) is not None:
-                _write(f"  {_local(event.at, '%H:%M:%S')}  {sentence[0]:<9} {printable(sentence[1])}\n")
-        shown = len(events)
-        if fold(events).finished is not None and isinstance(events[-1], Finished):
+        supervised = is_locked(directory.journal)  # before reading, so that its last words are not missed
+        grown = directory.journal.stat().st_size
+        if grown != size:
+            events = directory.events()
+            for event in events[shown:]:
+                _write(msgspec.json.encode(event).decode() + "\n" if in_json else _line(event))
+            shown, size = len(events), grown
+        if events and isinstance(events[-1], Finished):
+            return
+        if not supervised:
+            print(f"its supervisor is gone: `gpusup resume {directory.id}` takes the run over", file=sys.stderr)
             return
         time.sleep(FOLLOW_EVERY_S)
+
+
+def _line(event: AnyEvent) -> str:
+    told = narrate(event)
+    return "" if told is None else f"  {_local(event.at, '%H:%M:%S')}  {told[0]:<9} {printable(told[1])}\n"

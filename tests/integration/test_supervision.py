@@ -263,3 +263,11 @@ def test_shim_killed_then_the_run_goes_on_from_its_checkpoint_with_the_same_sett
     assert [attempt["from_step"] for attempt in log["attempts"]] == [0, 10]
     assert log["attempts"][0]["exit"] == {"code": None, "signal": None}
     assert log["attempts"][0]["settings"] == log["attempts"][1]["settings"]
+
+
+def test_log_f_of_a_lost_run_ends_and_says_how_to_go_on(gpusup: Gpusup) -> None:
+    run = gpusup.start("run", "rtx4070", "--", COOPERATING, "--max_iters=100000")
+    read_until(run, b"step 1\n")
+    run.kill()
+    run.wait()
+    assert "gpusup resume" in gpusup("log", "-f").stderr
