@@ -19,6 +19,9 @@ def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[
         "PYTHONUNBUFFERED": "1",
     }
     inherited = dict(os.environ)
+    inherited.pop("CUDA_VISIBLE_DEVICES", None)
+    if run.cuda_visible_devices is not None:
+        inherited["CUDA_VISIBLE_DEVICES"] = run.cuda_visible_devices
     # A cache of our own makes giving compile back cheap, and survives a reboot, unlike /tmp.
     inherited.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.compile_cache))
     if run.gpu_uuid is not None and run.trains_on == "gpu":

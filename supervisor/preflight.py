@@ -1,5 +1,6 @@
 """Before the first attempt: read what can be read, and make the run's first event of it."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -73,6 +74,7 @@ def prepare(command: Command, dialect: Dialect, policy: Policy, policy_name: str
         trains_on=trains_on,
         gpu_uuid=gpu.uuid if gpu else None,
         gpu_name=gpu.name if gpu else None,
+        cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         observe=wanted.observe,
         boot_id=boot_id(),
         args_from=command.args_from,

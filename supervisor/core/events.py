@@ -78,6 +78,8 @@ class RunCreated(Event, frozen=True, tag="run_created"):
     trains_on: Literal["gpu", "host"] = "host"
     gpu_uuid: str | None = None
     gpu_name: str | None = None
+    cuda_visible_devices: str | None = None
+    """As it was when the run began, for attempts started from another shell later."""
     observe: bool = False
     boot_id: str = ""
 

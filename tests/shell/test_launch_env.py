@@ -59,10 +59,11 @@ def test_budget_comes_first_on_the_python_path_and_keeps_the_rest(
 def test_choice_of_gpu_stays_the_persons_and_is_counted_as_nvml_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # of the shell that resumes the run
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
-    run = replace(RUN, gpu_uuid="GPU-1", trains_on="gpu")
+    run = replace(RUN, gpu_uuid="GPU-1", trains_on="gpu", cuda_visible_devices="1")
     found = environment(run, RunDirectory(tmp_path), 1)
     assert (found["CUDA_VISIBLE_DEVICES"], found["CUDA_DEVICE_ORDER"]) == ("1", "PCI_BUS_ID")
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
     assert environment(run, RunDirectory(tmp_path), 1)["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+    assert "CUDA_VISIBLE_DEVICES" not in environment(RUN, RunDirectory(tmp_path), 1)
