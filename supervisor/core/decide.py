@@ -16,6 +16,7 @@ from .events import (
     RestorationKept,
     RestorationReverted,
     RestorationSkipped,
+    StopHow,
     StopRequested,
 )
 from .ladder import Not, describe, describe_changes
@@ -112,8 +113,8 @@ def _stop(state: State, policy: Policy, attempt: Attempt, now: float, why: str) 
     return _stop_request(attempt, "terminate", why, now + TERMINATE_GRACE_S)
 
 
-def _stop_request(attempt: Attempt, how: str, why: str, deadline: float) -> StopRequested:
-    return StopRequested(attempt=attempt.n, how=how, why=why, deadline_mono=deadline)  # type: ignore[arg-type]
+def _stop_request(attempt: Attempt, how: StopHow, why: str, deadline: float) -> StopRequested:
+    return StopRequested(attempt=attempt.n, how=how, why=why, deadline_mono=deadline)
 
 
 def _escalate(state: State, attempt: Attempt, now: float) -> AnyEvent | None:

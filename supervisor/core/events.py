@@ -13,6 +13,7 @@ from .verdict import ExitStatus, OomNumbers
 
 JOURNAL_VERSION = 1
 
+StopHow = Literal["save", "terminate", "kill"]
 RunResult = Literal["done", "failed", "gave_up", "stopped"]
 
 
@@ -291,7 +292,7 @@ class StopRequested(Event, frozen=True, tag="stop_requested"):
     """The trainer is about to be asked (`save`), told (`terminate`) or made (`kill`) to leave by `deadline_mono`."""
 
     attempt: int
-    how: Literal["save", "terminate", "kill"]
+    how: StopHow
     why: str
     deadline_mono: float = 0.0
 
