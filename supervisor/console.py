@@ -1,5 +1,6 @@
 """The person at the terminal: the trainer's output on its own streams, gpusup's lines on stderr."""
 
+import os
 import sys
 import traceback
 from datetime import datetime
@@ -11,12 +12,21 @@ from .core.state import State
 from .dialects.base import Dialect
 from .errors import GpusupError
 from .journal import Journal
-from .loop import Detached, Supervisor, Tell, write_quietly
+from .loop import Detached, Supervisor, Tell
 from .narrate import LABEL_WIDTH, narrate
 from .printable import printable
 from .run_store import RunDirectory
 
 STDOUT, STDERR = 1, 2
+
+
+def write_quietly(stream: int, data: bytes) -> None:
+    """To the terminal or pipe `stream`; a closed one must not end the supervision."""
+    try:
+        while data:
+            data = data[os.write(stream, data) :]
+    except OSError:
+        pass
 
 
 def say(text: str) -> None:

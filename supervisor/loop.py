@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from msgspec.structs import replace
 
@@ -37,6 +36,7 @@ from .launch_env import environment
 from .process import Ended, TrainerProcess
 from .run_store import RunDirectory
 from .sampler import Sampler
+from .wake_up import WakeUp
 
 LOOK_EVERY_S = 0.1
 MEMORY_EVERY_S = 2.0
@@ -48,7 +48,6 @@ AGAIN_S = 0.5
 GIVE_BACK_S = 50.0
 """How long a dead trainer's GPU memory may take to come back before the next start goes ahead."""
 GIVE_BACK_SLACK_BYTES = 512 << 20
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 HOW = {"save": signal.SIGTERM, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
 
 
@@ -82,7 +81,7 @@ class Supervisor:
         Raises:
             Detached: the person asked to leave (SIGQUIT); the trainer goes on.
         """
-        with _WakeUp(self._signals) as self._wake:
+        with WakeUp(self._signals) as self._wake:
             self.sampler.start()
             try:
                 self.record(SupervisorStarted(pid=os.getpid(), takeover=bool(self.state.attempts)))
@@ -323,45 +322,3 @@ class Tell:
         self.echo = Echo(stdout=lambda data: None, stderr=lambda data: None)
 
     def event(self, event: AnyEvent) -> None: ...
-
-
-class _WakeUp:
-    """Signals as a readable descriptor and a list; a second supervisor-wide Ctrl-C is never lost."""
-
-    def __init__(self, received: list[int]) -> None:
-        self._received = received
-
-    def __enter__(self) -> "_WakeUp":
-        self.fd, self._write = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self._write, False)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.close(self.fd)
-        os.close(self._write)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received.append(number)
-
-    def drain(self) -> None:
-        try:
-            while os.read(self.fd, 512):
-                pass
-        except BlockingIOError:
-            pass
-
-
-def write_quietly(stream: int, data: bytes) -> None:
-    """To the terminal or pipe `stream`; a closed one must not end the supervision."""
-    try:
-        while data:
-            data = data[os.write(stream, data) :]
-    except OSError:
-        pass
