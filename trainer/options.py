@@ -116,12 +116,22 @@ def describe(knobs: Mapping[str, Knob]) -> str:
 
 
 def check_ranges(
-    values: Mapping[str, Value], at_least: Mapping[str, float], choices: Mapping[str, Sequence[str]]
+    values: Mapping[str, Value],
+    at_least: Mapping[str, float],
+    at_most: Mapping[str, float],
+    below_one: Sequence[str],
+    choices: Mapping[str, Sequence[str]],
 ) -> None:
-    """Raise TrainerError for a value below its minimum, or not among its choices."""
+    """Raise TrainerError for a value out of its range, or not among its choices."""
     for name, minimum in at_least.items():
         if _number(values[name]) < minimum:
             raise TrainerError(f"{name}={values[name]} is too small: it must be at least {minimum:g}")
+    for name, maximum in at_most.items():
+        if _number(values[name]) > maximum:
+            raise TrainerError(f"{name}={values[name]} is too large: it must be at most {maximum:g}")
+    for name in below_one:
+        if _number(values[name]) >= 1:
+            raise TrainerError(f"{name}={values[name]} must be below 1")
     for name, allowed in choices.items():
         if values[name] not in allowed:
             raise TrainerError(f"{name}={values[name]} is not one of {', '.join(allowed)}")

@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +69,13 @@ class Launch:
         self.attempts = 0
 
     def start(
-        self, budget_mb: int | None = None, env: dict[str, str] | None = None, **settings: object
+        self, budget_mb: int | None = None, env: dict[str, str] | None = None, processes: int = 1, **settings: object
     ) -> "subprocess.Popen[str]":
         self.attempts += 1
         self.events = self.folder / f"events-{self.attempts}.jsonl"
         limiter = [] if budget_mb is None else [str(LIMITED), str(budget_mb)]
+        if processes > 1:
+            limiter = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         options = [f"--{name}={value}" for name, value in {**self.settings, **settings}.items()]
         self.errors = self.folder / f"stderr-{self.attempts}.txt"
         with self.errors.open("w") as errors:
@@ -89,12 +93,14 @@ class Launch:
         lines = self.events.read_text().splitlines()
         return Run(child.returncode, read_before + rest, self.errors.read_text(), [json.loads(line) for line in lines])
 
-    def run(self, budget_mb: int | None = None, env: dict[str, str] | None = None, **settings: object) -> Run:
-        return self.finish(self.start(budget_mb, env, **settings))
+    def run(
+        self, budget_mb: int | None = None, env: dict[str, str] | None = None, processes: int = 1, **settings: object
+    ) -> Run:
+        return self.finish(self.start(budget_mb, env, processes, **settings))
 
-    def signal_at(self, step: int, number: signal.Signals, **settings: object) -> Run:
+    def signal_at(self, step: int, number: signal.Signals, processes: int = 1, **settings: object) -> Run:
         """Start, send a signal as soon as `step` is printed, wait for the end."""
-        child = self.start(**settings)
+        child = self.start(processes=processes, **settings)
         assert child.stdout is not None
         read = ""
         for line in child.stdout:
@@ -123,3 +129,25 @@ def assert_continues(undisturbed: Run, attempts: list[Run], tolerance: float) ->
             assert abs(loss - undisturbed.losses[step]) <= tolerance, f"step {step}: {loss} {undisturbed.losses[step]}"
             seen.add(step)
     assert seen == set(undisturbed.losses)
+
+
+def kill_until_done(launch: Launch, chance: random.Random, kills: int, longest_s: float) -> tuple[list[Run], int]:
+    """SIGKILL each attempt at a random moment, up to `longest_s` after it began to train, `kills` times; then let it be.
+
+    Every attempt, and how many kills came while a checkpoint was being written.
+    """
+    attempts: list[Run] = []
+    while_saving = 0
+    for _ in range(kills):
+        child = launch.start(init_from="resume" if any(launch.out.glob("ckpt-*[0-9]")) else "scratch")
+        assert child.stdout is not None
+        begun = next((line for line in child.stdout if "M parameters" in line), "")
+        time.sleep(chance.uniform(0.0, longest_s) if begun else 0.0)  # the random moment is what is tested
+        child.kill()
+        attempts.append(launch.finish(child, begun))
+        while_saving += any(launch.out.glob("*.partial"))
+        if attempts[-1].status == 0:
+            break
+    else:
+        attempts.append(launch.run(init_from="resume"))
+    return attempts, while_saving
