@@ -1,5 +1,6 @@
 """GPT-2's byte-pair encoding, without the web where that is possible."""
 
+import functools
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -20,6 +21,7 @@ END_OF_TEXT = 50256
 VOCABULARY = 50257
 
 
+@functools.cache
 def gpt2() -> tiktoken.Encoding:
     """The encoding, from the installed package's files, otherwise from tiktoken's cache or the web."""
     folder = _packaged()

@@ -12,35 +12,35 @@ import torch
 from torch import Tensor
 
 from .errors import TrainerError
-
-TOKEN = np.dtype("<u2")
+from .shards import Stream, open_stream
 
 
 class Tokens:
-    """A token file (raw little-endian uint16), memory-mapped: it costs address space, not memory."""
+    """The tokens of one split; samples may begin anywhere in it, and cross from one shard into the next."""
 
-    def __init__(self, path: Path, block_size: int, vocab_size: int) -> None:
-        """Open `path`; `block_size` is the longest sample that will be asked for, in tokens."""
-        try:
-            size_bytes = path.stat().st_size
-        except FileNotFoundError:
-            raise TrainerError(
-                f"{path}: no such token file; make it with `trainer/prepare.py FILE.parquet -o {path.parent}`"
-            ) from None
-        if size_bytes % TOKEN.itemsize:
-            raise TrainerError(f"{path}: {size_bytes} bytes is not a whole number of uint16 tokens; prepare it again")
-        if size_bytes // TOKEN.itemsize <= block_size:
-            raise TrainerError(
-                f"{path}: {size_bytes // TOKEN.itemsize} tokens are too few for block_size={block_size}; "
-                f"prepare more text or lower block_size"
-            )
-        self.path = path
+    def __init__(self, stream: Stream, block_size: int, vocab_size: int) -> None:
+        """`block_size` is the longest sample that will be asked for, in tokens. Raises TrainerError."""
+        self.path = stream.path
+        self.vocabulary = stream.vocabulary
+        self.fingerprint = stream.fingerprint
         self.vocab_size = vocab_size
         self.block_size = block_size
-        self.values = np.memmap(path, dtype=TOKEN, mode="r")
+        self._parts = stream.parts
+        self._part_tokens = len(stream.parts[0])
+        self._count = sum(map(len, stream.parts))
+        if self._count <= block_size:
+            raise TrainerError(
+                f"{self.path}: {self._count} tokens are too few for block_size={block_size}; "
+                f"prepare more text or lower block_size"
+            )
+
+    @classmethod
+    def open(cls, data_dir: Path, split: str, block_size: int, vocab_size: int) -> "Tokens":
+        """The tokens that prepare.py wrote for `split` (train or val), or a plain nanoGPT .bin."""
+        return cls(open_stream(data_dir, split), block_size, vocab_size)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return self._count
 
     def training(self, seed: int, first: int, count: int, block_size: int) -> tuple[Tensor, Tensor]:
         """Samples number `first` to `first + count - 1` of the training order, `block_size` tokens each.
@@ -61,7 +61,7 @@ class Tokens:
 
     def _samples(self, starts: npt.NDArray[np.uint64], block_size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64, both (len(starts), block_size); the targets are the inputs one token later."""
-        window = self.values[starts[:, None] + np.arange(block_size + 1, dtype=np.uint64)]
+        window = np.stack([self._window(int(start), block_size + 1) for start in starts])
         if window.max() >= self.vocab_size:
             raise TrainerError(
                 f"{self.path}: holds the token {window.max()}, but vocab_size={self.vocab_size}; "
@@ -69,6 +69,15 @@ class Tokens:
             )
         tokens = torch.from_numpy(window.astype(np.int64))
         return tokens[:, :-1], tokens[:, 1:]
+
+    def _window(self, start: int, count: int) -> npt.NDArray[np.uint16]:
+        """`count` tokens from number `start` on."""
+        part, at = divmod(start, self._part_tokens)
+        pieces = [self._parts[part][at : at + count]]
+        while (taken := sum(map(len, pieces))) < count:
+            part += 1
+            pieces.append(self._parts[part][: count - taken])
+        return np.concatenate(pieces)
 
 
 def scramble(seed: int, numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
