@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .errors import TrainerError
 from .model import GPT
@@ -22,7 +23,20 @@ FIRST_LOSS_SCALE = 4096.0  # low, so that a warm run switched to float16 rarely 
 class Forward:
     """The model as it is called; compiled, it has one graph for each shape it has seen."""
 
-    def __init__(self, model: GPT, device: torch.device, dtype: str, compiled: bool, report: Reporter) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        device: torch.device,
+        dtype: str,
+        compiled: bool,
+        report: Reporter,
+        activation_memory_budget: float = 1.0,
+    ) -> None:
+        """Compiled, with `activation_memory_budget` < 1, only that fraction of the activations is kept for backward."""
+        if compiled:
+            import torch._functorch.config as functorch  # a second's work, so only where it is needed
+
+            functorch.activation_memory_budget = activation_memory_budget
         self.model = model
         self.device = device
         self.dtype = DTYPES[dtype]
@@ -34,7 +48,7 @@ class Forward:
         """Forget the graphs of the stage before: their shapes do not come back, and PyTorch keeps only a few."""
         if self.compiled:
             torch.compiler.reset()
-        self.call = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+            self.model.compile(dynamic=False)
         self.seen: set[tuple[int | bool, ...]] = set()
 
     def must_compile(self, rows: int, block_size: int) -> bool:
@@ -54,7 +68,7 @@ class Forward:
         """The sum of the token losses of (inputs, targets), both (rows, block_size)."""
         inputs, targets = (tokens.to(self.device) for tokens in batch)
         with self._precision():
-            return cast(Tensor, self.call(inputs, targets))
+            return cast(Tensor, self.model(inputs, targets))
 
     def _precision(self) -> AbstractContextManager[object]:
         """Matrix products in `dtype`; float32 means nothing is cast."""
@@ -76,6 +90,18 @@ def open_device(name: str) -> torch.device:
             raise TrainerError(f"device={name}: PyTorch sees no CUDA device here; use --device=cpu")
         torch.cuda.set_device(device)
     return device
+
+
+def spare_dynamo() -> None:
+    """Keep an optimizer and checkpointed blocks from importing the compiler: a second and 70 MB for nothing, uncompiled.
+
+    These functions are excluded from compilation by a wrapper that imports it at their first call, to remember what it
+    then calls under the name set here. Where PyTorch does this in another way, nothing happens.
+    """
+    optimizer = torch.optim.Optimizer
+    for function in (optimizer.add_param_group, optimizer.zero_grad, optimizer.load_state_dict, optimizer.state_dict, checkpoint):
+        if plain := getattr(function, "__wrapped__", None):
+            plain.__dict__.setdefault("__dynamo_disable", plain)
 
 
 def loss_scaler(device: torch.device, dtype: str) -> torch.amp.GradScaler:

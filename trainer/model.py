@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name everybody knows it by)
+from torch.utils.checkpoint import checkpoint
+
+from .loss import ChunkedCrossEntropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model whose forward pass gives the loss."""
 
-    def __init__(self, shape: Shape, dropout: float) -> None:
+    def __init__(
+        self, shape: Shape, dropout: float, *, loss_chunks: int = 0, activation_checkpointing: bool = False
+    ) -> None:
+        """`loss_chunks` as in ChunkedCrossEntropy; with `activation_checkpointing` a block keeps only its input."""
         super().__init__()
         self.shape = shape
         self.tokens = nn.Embedding(shape.vocab_size, shape.n_embd)
@@ -70,28 +76,45 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.n_layer))
         self.norm = nn.LayerNorm(shape.n_embd, bias=shape.bias)
-        self.apply(_init)
-        # What a block adds to the stream is scaled down, so that the sum over all blocks starts with unit variance.
-        for name, parameter in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * shape.n_layer))
+        self.loss = ChunkedCrossEntropy(loss_chunks)
+        self.activation_checkpointing = activation_checkpointing
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Token ids (rows, tokens) -> logits (rows, tokens, vocab_size)."""
+    @classmethod
+    def new(cls, shape: Shape, dropout: float, device: torch.device, seed: int, **options: Any) -> "GPT":
+        """A model on `device` with weights that depend on nothing but `shape`, the kind of device and `seed`."""
+        with torch.device("meta"):  # so that no weight is made twice
+            model = cls(shape, dropout, **options)
+        model.to_empty(device=device)
+        generator = torch.Generator(device).manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            initialize(name, parameter, shape.n_layer, generator)
+        return model
+
+    def compile(self, **options: Any) -> None:
+        """Compile the blocks and the loss, not all in one: the graph of a block serves every layer."""
+        for block in self.blocks:
+            block.compile(**options)
+        self.loss.compile()
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Token ids (rows, tokens) -> what the output head sees (rows, tokens, n_embd)."""
         places = torch.arange(inputs.shape[1], device=inputs.device)
         x = self.drop(self.tokens(inputs) + self.positions(places))
         for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.tokens.weight)
+            x = checkpoint(block, x, use_reentrant=False) if self.activation_checkpointing else block(x)
+        return cast(Tensor, self.norm(x))
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Token ids (rows, tokens) -> logits (rows, tokens, vocab_size)."""
+        return F.linear(self.hidden(inputs), self.tokens.weight)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The SUM of the token losses (nats, float32) of int64 ids, both of shape (rows, tokens).
 
         A sum, because sums of unequal micro-batches add up exactly where means do not. The loss alone, because logits
-        that leave the function keep compiled code from reusing their buffer for their gradient, the largest of all.
+        that leave the function would have to exist.
         """
-        logits = self.logits(inputs)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        return self.loss(self.hidden(inputs).flatten(0, 1), self.tokens.weight, targets.flatten())
 
     def parameter_count(self) -> int:
         """Number of trainable values; the tied head counts once."""
@@ -106,8 +129,11 @@ class GPT(nn.Module):
         ]
 
 
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+@torch.no_grad()
+def initialize(name: str, parameter: nn.Parameter, n_layer: int, generator: torch.Generator) -> None:
+    """GPT-2's initial weights; what a block adds to the stream is scaled down, so that the sum keeps unit variance."""
+    if parameter.dim() < 2:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    else:
+        std = 0.02 / math.sqrt(2 * n_layer) if name.endswith(("out.weight", "down.weight")) else 0.02
+        parameter.normal_(std=std, generator=generator)

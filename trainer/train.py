@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from . import checkpoint, options, schedule
 from .data import Tokens
 from .errors import TrainerError
-from .forward import DTYPES, Forward, loss_scaler, missing_for_compile, open_device
+from .forward import DTYPES, Forward, loss_scaler, missing_for_compile, open_device, spare_dynamo
 from .model import GPT, Shape
 from .report import Reporter
 from .stop import StopRequest
@@ -74,6 +74,9 @@ seed = 1337  # of the initial weights, the order of the samples, and dropout
 device = "cuda"  # cpu, cuda, cuda:1
 dtype = "bfloat16"  # of matrix products: float32, bfloat16 or float16
 compile = True  # torch.compile: faster, after a pause at the first step of each shape  # noqa: A001
+loss_chunks = 0  # parts in which a micro-batch's logits are made; 1: all at once, the plain loss; 0 means automatic
+activation_checkpointing = False  # keep a block's input only, compute the rest again in backward: slower, leaner
+activation_memory_budget = 1.0  # compiled: fraction of the activations kept for backward, the rest is computed again
 threads = 0  # CPU threads; 0 means PyTorch's own choice
 # ---- end of settings
 
@@ -85,6 +88,7 @@ AT_LEAST = {
     **dict.fromkeys(("eval_interval", "checkpoint_interval", "global_batch_size", "block_size_start"), 0),
     **dict.fromkeys(("block_size_warmup_iters", "warmup_iters", "lr_decay_iters", "threads", "seed"), 0),
     **dict.fromkeys(("dropout", "learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip"), 0),
+    **dict.fromkeys(("loss_chunks", "activation_memory_budget"), 0),
 }
 BELOW_ONE = ("dropout", "beta1", "beta2")
 CHOICES = {"init_from": ("scratch", "resume"), "dtype": tuple(DTYPES)}
@@ -150,10 +154,19 @@ class Trainer:
         self.shape = Shape(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size, bias=bias
         )
-        self.model = GPT(self.shape, dropout).to(self.device)
+        if not self.compiled:
+            spare_dynamo()
+        self.model = GPT.new(
+            self.shape,
+            dropout,
+            self.device,
+            seed,
+            loss_chunks=loss_chunks,
+            activation_checkpointing=activation_checkpointing,
+        )
         self.optimizer = make_optimizer(self.model)
         self.scaler = loss_scaler(self.device, dtype)
-        self.forward = Forward(self.model, self.device, dtype, self.compiled, report)
+        self.forward = Forward(self.model, self.device, dtype, self.compiled, report, activation_memory_budget)
         self.progress = Progress()
         self.out = Path(out_dir)
 

@@ -1,0 +1,147 @@
+"""The output head and its cross-entropy, a chunk of tokens at a time.
+
+Of all that a step holds, the logits and what is made of them are the largest: (tokens, vocab_size), several times over.
+Here they exist for one chunk only. As soon as a chunk has its logits they are turned, in place, into their own
+gradient, and that into the gradients of the hidden states and of the weight. The backward pass only scales those, so
+nothing is computed twice. The idea is that of Liger Kernel (Hsu et al., arXiv 2410.10989), here in plain PyTorch.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  (the name everybody knows it by)
+
+# Logits in a chunk, at most, where the number of chunks is automatic: few enough to be a small part of a step's memory,
+# so many that products run at full speed. Chunks small enough for a CPU's cache are slower than these, because each one
+# adds to the whole gradient of the weight.
+CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
+# float16 loses what is below 6e-8, as most probabilities in a large vocabulary are: its gradients are held times this.
+FLOAT16_SCALE = 1024.0
+
+
+class ChunkedCrossEntropy:
+    """The SUM of the cross-entropies (nats, float32) of `hidden @ weight.T`, without all of the logits at once.
+
+    Equal to the plain loss but for the order of float32 sums, and so are its gradients: products are in the autocast
+    dtype, everything else in float32. The gradients serve one backward pass; a second one raises RuntimeError.
+    """
+
+    def __init__(self, chunks: int = 0) -> None:
+        """`chunks` of each call: 1 is the plain loss, 0 chooses a number that suits the device."""
+        self.chunks = chunks
+        self.compiled = False
+        self.turn = turn_into_gradient
+
+    def compile(self) -> None:
+        """From now on, fuse what is done to the logits; each shape is compiled at its first call."""
+        self.compiled = True
+        self.turn = torch.compile(turn_into_gradient, dynamic=False)
+
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Of `hidden` (tokens, width), `weight` (vocab_size, width) and int64 `targets` (tokens,), all valid ids."""
+        if self.chunks == 1:
+            return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows = rows_in_chunk(len(hidden), len(weight), self.chunks, device)
+        with torch.autocast(device, enabled=False):
+            if torch.is_grad_enabled():
+                return cast(Tensor, _Differentiable.apply(hidden, weight, targets, rows, dtype, self))
+            return self.value(hidden.to(dtype), weight.to(dtype), targets, rows)
+
+    def value(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        """The loss alone; `hidden` and `weight` are in the dtype of their product."""
+        total = torch.zeros((), device=hidden.device)
+        logits = hidden.new_empty(rows, len(weight))  # one buffer for all: fresh memory costs more than the sums in it
+        scratch = _float32_like(logits)
+        for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
+            chunk = torch.mm(states, weight.t(), out=logits[: len(ids)])
+            total -= log_probabilities(chunk, scratch[: len(ids)]).gather(1, ids[:, None]).sum()
+        return total
+
+    def gradients(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and its gradients times `scale_of(dtype)`: that of `hidden` in its dtype, of `weight` in float32."""
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        logits = hidden.new_empty(rows, len(weight))
+        scratch = None if self.compiled else _float32_like(logits)
+        for states, ids, grad in zip(hidden.split(rows), targets.split(rows), grad_hidden.split(rows), strict=True):
+            chunk = torch.mm(states, weight.t(), out=logits[: len(ids)])
+            total += self.turn(chunk, None if scratch is None else scratch[: len(ids)], ids)
+            torch.mm(chunk, weight, out=grad)
+            _add_product(grad_weight, chunk.t(), states)
+        return total, grad_hidden, grad_weight
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        loss: ChunkedCrossEntropy,
+    ) -> Tensor:
+        total, *gradients = loss.gradients(hidden.to(dtype), weight.to(dtype), targets, rows)
+        ctx.gradients, ctx.scale, ctx.dtypes = gradients, scale_of(dtype), (hidden.dtype, weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss keeps its gradients for one backward pass; for more use loss_chunks=1")
+        (of_hidden, of_weight), ctx.gradients = ctx.gradients, None
+        factor = grad.float() / ctx.scale
+        of_hidden, of_weight = of_hidden.float().mul_(factor), of_weight.mul_(factor)
+        return of_hidden.to(ctx.dtypes[0]), of_weight.to(ctx.dtypes[1]), None, None, None, None
+
+
+def rows_in_chunk(rows: int, vocab_size: int, chunks: int, device: str) -> int:
+    """Rows in each chunk; the last may have fewer. `chunks` 0: of one size if possible, as code is compiled for one."""
+    if chunks == 0:
+        least = -(-rows * vocab_size // CHUNK_LOGITS[device])
+        chunks = next((number for number in range(least, 2 * least) if rows % number == 0), least)
+    return -(-rows // min(chunks, rows))
+
+
+def scale_of(dtype: torch.dtype) -> float:
+    """What gradients of logits in `dtype` are held times."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+def log_probabilities(logits: Tensor, scratch: Tensor | None) -> Tensor:
+    """In float32: in `scratch`, which is `logits` itself where they are float32; None makes it here."""
+    wide = logits.float() if scratch is None else scratch.copy_(logits)
+    return torch.log_softmax(wide, -1, out=wide)
+
+
+def turn_into_gradient(logits: Tensor, scratch: Tensor | None, targets: Tensor) -> Tensor:
+    """Replace `logits` by the gradient of their loss, times `scale_of` their dtype; the loss, summed, in float32."""
+    wide = log_probabilities(logits, scratch)
+    at = targets[:, None]
+    loss = -wide.gather(1, at).sum()
+    wide.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=torch.float32))
+    if scale_of(logits.dtype) != 1.0:
+        wide.mul_(scale_of(logits.dtype))
+    logits.copy_(wide)
+    return loss
+
+
+def _float32_like(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to a float32 `total`."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total += torch.mm(left, right, out_dtype=torch.float32)
+    elif left.dtype == torch.float16:  # whose range a sum over thousands of tokens can leave
+        total.addmm_(left.float(), right.float())
+    else:
+        total += torch.mm(left, right)
