@@ -6,9 +6,7 @@ Everything here is observation; nothing is decided, and what could not be observ
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from . import host
@@ -18,23 +16,21 @@ from .core.events import (
     AttemptEnded,
     BudgetApplied,
     CheckpointSaved,
-    KnobUnavailable,
     Note,
     OomDetected,
     PeakMeasured,
     Progress,
     RunCreated,
-    TrainerReported,
 )
 from .core.state import Attempt
-from .core.verdict import Diagnosis, Evidence, ExitStatus, TrainerFailure
-from .dialects.base import Dialect, Seen
+from .core.verdict import Diagnosis, Evidence, ExitStatus
+from .dialects.base import Dialect
 from .process import Ended, TrainerProcess
+from .reports import Reports, parse_object
 from .tail import LineTail, Tail, last_bytes
 
 PROGRESS_EVERY_S = 5.0
 EVIDENCE_BYTES = 256 << 10
-LARGEST = 2**53
 SETTLED_STEPS = 2
 """A phase counts as completed after its second step: the first may lack the optimizer's state."""
 
@@ -66,16 +62,14 @@ class AttemptWatch:
         self._dialect, self._echo, self._keeper = dialect, echo, keeper
         self._stdout = LineTail(directory / "stdout.log")
         self._stderr = Tail(directory / "stderr.log")
-        self._reports = LineTail(directory / "events.jsonl")
+        self._report_lines = LineTail(directory / "events.jsonl")
+        self._reports = Reports(run.cwd, known, saved_step)
         self._budget = LineTail(directory / "budget.jsonl")
-        self._from_step, self._step = known.from_step, known.step
-        self._budget_told, self._saved_step = known.budget_limit_bytes is not None, saved_step
-        self._progress: Progress | None = None
+        self._from_step = known.from_step
+        self._budget_told = known.budget_limit_bytes is not None
         self._progress_at = 0.0
-        self._failure: TrainerFailure | None = None
         self._in_use_bytes: int | None = None
-        self._peak_bytes: int | None = None
-        self._reports_itself = False
+        self._host_peak_bytes: int | None = None
         self._problems: set[str] = set()
         self._oom_kills = host.oom_kills()
         self.device_peak: Callable[[], int | None] = lambda: None
@@ -96,11 +90,11 @@ class AttemptWatch:
         self._read_output(final)
         now = time.monotonic()
         yield from self._checkpoints(final)
-        pending = self._progress
+        pending = self._reports.progress
         if pending is not None:
             reached = interesting_step is not None and pending.step >= interesting_step
             if final or reached or now - self._progress_at >= PROGRESS_EVERY_S:
-                self._progress, self._progress_at = None, now
+                self._reports.progress, self._progress_at = None, now
                 yield pending
                 yield from self._settled_peak(pending)
 
@@ -109,11 +103,16 @@ class AttemptWatch:
         self._in_use_bytes = host.resident_bytes(self.process.pid) or self._in_use_bytes
         peak = host.peak_resident_bytes(self.process.pid)
         if peak is not None:
-            self._peak_bytes = max(peak, self._peak_bytes or 0)
+            self._host_peak_bytes = max(peak, self._host_peak_bytes or 0)
+
+    def _peak_bytes(self) -> int | None:
+        """The highest of what was sampled and what the trainer told, of where it trains."""
+        sampled = self._host_peak_bytes if self.run.trains_on == "host" else self.device_peak()
+        return max((peak for peak in (sampled, self._reports.peak_bytes) if peak is not None), default=None)
 
     def _read_budget(self, final: bool) -> Iterator[AnyEvent]:
         for line in self._new_lines(self._budget, final):
-            report = _object(line)
+            report = parse_object(line)
             if report.get("pid") != self.process.pid:
                 continue  # a compile worker or a helper of the trainer; each has its own limit
             where, limit = report["where"], int(report["limit_bytes"])
@@ -126,57 +125,8 @@ class AttemptWatch:
             )
 
     def _read_reports(self, final: bool) -> Iterator[AnyEvent]:
-        for line in self._new_lines(self._reports, final):
-            try:
-                yield from [_as_journalled(event) for event in self._report(_object(line))]
-            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, msgspec.MsgspecError):
-                continue  # a report that does not keep to docs/cooperation.md tells nothing
-
-    def _report(self, report: dict[str, Any]) -> Iterator[AnyEvent]:
-        match report.get("kind"):
-            case "start":
-                self._reports_itself = True
-                yield TrainerReported(
-                    attempt=self.n,
-                    step=int(report["step"]),
-                    target_steps=report.get("target_steps"),
-                    can_save=bool(report.get("can_save")),
-                    global_batch_size=report.get("global_batch_size"),
-                    settings={
-                        k: v for k, v in report.get("settings", {}).items() if isinstance(v, (bool, int, float, str))
-                    },
-                )
-            case "step":
-                self._advance(
-                    Seen(step=int(report["step"]), loss=float(report["loss"]), step_s=float(report["dt_s"])),
-                    report.get("block_size"),
-                )
-            case "peak":
-                where = "device" if report.get("where") == "cuda" else "host"
-                yield PeakMeasured(
-                    attempt=self.n,
-                    phase=str(report["phase"]),
-                    bytes=int(report["bytes"]),
-                    block_size=report.get("block_size"),
-                    where=where,
-                )
-            case "checkpoint":
-                step, path = int(report["step"]), Path(self.run.cwd) / str(report["path"])
-                self._reached(step)
-                if step > self._saved_step:
-                    self._saved_step = step
-                    yield CheckpointSaved(attempt=self.n, step=step, path=str(path), bytes=int(report.get("bytes", 0)))
-            case "unavailable":
-                yield KnobUnavailable(attempt=self.n, knob=str(report["knob"]), reason=str(report["reason"])[:300])
-            case "failed":
-                self._reached(int(report["step"]))
-                self._failure = msgspec.convert({**report, "step": int(report["step"])}, TrainerFailure)
-                self._in_use_bytes = _count(report.get("in_use_bytes")) or self._in_use_bytes
-                self._peak_bytes = max(_count(report.get("peak_bytes")), self._peak_bytes or 0)
-            case "stopped" | "done":
-                self._reached(int(report["step"]))
-            case _:
-                pass
+        for line in self._new_lines(self._report_lines, final):
+            yield from self._reports.read(line)
 
     def _read_output(self, final: bool) -> None:
         """Show what is new: a chunk of each stream at most, so that the loop stays quick; all of it when final."""
@@ -195,30 +145,14 @@ class AttemptWatch:
     def _parse(self, lines: list[bytes]) -> None:
         for line in lines:
             seen = self._dialect.parse(line.decode("utf-8", "replace"))
-            if seen is not None and not self._reports_itself:
-                self._advance(seen, self.run.settings.get("block_size"))
-
-    def _reached(self, step: int) -> None:
-        self._step = max(self._step, _count(step))
-
-    def _advance(self, seen: Seen, block_size: object) -> None:
-        if seen.step > LARGEST:
-            return
-        self._reached(seen.step)
-        self._progress = Progress(
-            attempt=self.n,
-            step=seen.step,
-            loss=seen.loss,
-            step_s=seen.step_s,
-            block_size=block_size if isinstance(block_size, int) and 0 < block_size <= LARGEST else None,
-        )
+            if seen is not None and not self._reports.begun:
+                self._reports.advance(seen.step, seen.loss, seen.step_s, self.run.settings.get("block_size"))
 
     def _settled_peak(self, progress: Progress) -> Iterator[AnyEvent]:
         """For trainers that do not report peaks: the process's own, once training has settled."""
-        if self._reports_itself or progress.step < self._from_step + SETTLED_STEPS:
+        if self._reports.tells_peaks or progress.step < self._from_step + SETTLED_STEPS:
             return
-        device = self.device_peak()
-        peak = self._peak_bytes if self.run.trains_on == "host" else device
+        peak = self._peak_bytes()
         if peak is not None:
             where = "host" if self.run.trains_on == "host" else "device"
             yield PeakMeasured(attempt=self.n, phase="train", bytes=peak, block_size=progress.block_size, where=where)
@@ -255,15 +189,15 @@ class AttemptWatch:
         seen = ended.exit != ExitStatus()  # of an end that nobody saw, text alone proves nothing
         if seen and (diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and self._corroborated(diagnosis))):
             yield self._out_of_memory(diagnosis)
-        phase = diagnosis.phase or (self._failure.phase if self._failure else None)
+        failure = self._reports.failure
         yield AttemptEnded(
             attempt=self.n,
             exit=ended.exit,
-            step=self._step,
+            step=self._reports.step,
             diagnosis=str(diagnosis.kind),
             message=_how_it_ended(ended, diagnosis),
-            phase=phase,
-            peak_bytes=self._peak_bytes if self.run.trains_on == "host" else self.device_peak(),
+            phase=diagnosis.phase or (failure.phase if failure else None),
+            peak_bytes=self._peak_bytes(),
             peak_where="host" if self.run.trains_on == "host" else "device",
             user_s=ended.user_s,
             system_s=ended.system_s,
@@ -284,25 +218,28 @@ class AttemptWatch:
                 exit=ended.exit,
                 stderr=clean_lines(last_bytes(self.directory / "stderr.log", EVIDENCE_BYTES)),
                 stdout=clean_lines(last_bytes(self.directory / "stdout.log", EVIDENCE_BYTES)),
-                failure=self._failure,
+                failure=self._reports.failure,
+                trains_on=self.run.trains_on,
                 host_oom_kills=delta,
             )
         )
 
     def _out_of_memory(self, diagnosis: Diagnosis) -> OomDetected:
-        numbers = diagnosis.numbers
+        numbers, failure = diagnosis.numbers, self._reports.failure
         in_use = numbers.allocated_bytes if diagnosis.kind == "device_oom" else self._in_use_bytes
         requested = numbers.tried_to_allocate_bytes
         known = [in_use + requested] if in_use is not None and requested is not None else []
-        if diagnosis.kind == "host_oom" and self._peak_bytes is not None:
-            known.append(self._peak_bytes)
+        peak = self._peak_bytes()
+        if diagnosis.kind == "host_oom" and self.run.trains_on == "host" and peak is not None:
+            known.append(peak)
         return OomDetected(
             attempt=self.n,
             diagnosis=str(diagnosis.kind),
-            step=self._step,
+            step=self._reports.step,
             message=diagnosis.message,
             phase=diagnosis.phase,
-            block_size=self._failure.block_size if self._failure else None,
+            block_size=failure.block_size if failure else None,
+            rank=diagnosis.rank,
             numbers=numbers,
             at_least_bytes=max(known, default=None),
             evidence=diagnosis.evidence,
@@ -313,24 +250,3 @@ def _how_it_ended(ended: Ended, diagnosis: Diagnosis) -> str:
     if ended.exec_error is not None:
         return f"the trainer could not be executed: {ended.exec_error[1]}"
     return "" if diagnosis.message.startswith("ended by signal") else diagnosis.message
-
-
-def _as_journalled(event: AnyEvent) -> AnyEvent:
-    """The event as it will be read again; fails where the journal would."""
-    return msgspec.json.decode(msgspec.json.encode(event), type=type(event))
-
-
-def _count(value: object) -> int:
-    """A number of steps or bytes that a journal can hold; 0 for None."""
-    number = int(value or 0)  # type: ignore[call-overload]
-    if not 0 <= number <= LARGEST:
-        raise ValueError(f"{number} counts nothing")
-    return int(number)
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        content = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

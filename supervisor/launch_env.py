@@ -1,9 +1,10 @@
-"""The environment an attempt runs in: the person's own, and what docs/cooperation.md promises."""
+"""The environment an attempt runs in: the person's own, and what docs/trainer-protocol.md promises."""
 
 import os
 from pathlib import Path
 
 from .core.events import RunCreated
+from .reports import PROTOCOL
 from .run_store import RunDirectory
 
 BOOT = Path(__file__).parent / "boot"
@@ -16,6 +17,7 @@ def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[
         "GPUSUP_RUN_ID": run.run_id,
         "GPUSUP_ATTEMPT": str(attempt),
         "GPUSUP_EVENTS": str(folder / "events.jsonl"),
+        "GPUSUP_PROTOCOL": str(PROTOCOL),
         "PYTHONUNBUFFERED": "1",
     }
     inherited = dict(os.environ)

@@ -8,6 +8,7 @@ from .core.events import (
     AttemptPlanned,
     BudgetApplied,
     CheckpointRejected,
+    CheckpointSaved,
     Finished,
     KnobUnavailable,
     MemoryWaited,
@@ -48,6 +49,8 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
             return "budget", f"{budget} of {event.where} memory{over}, in force"
         case KnobUnavailable():
             return "note", f"{event.knob} is unavailable: {event.reason}"
+        case CheckpointSaved(emergency=True):
+            return "saved", f"the trainer saved at step {event.step} before it left"
         case CheckpointRejected():
             return "rejected", f"checkpoint of step {event.step}: {event.why} ({event.path})"
         case OomDetected():
@@ -93,6 +96,8 @@ def _oom(event: OomDetected) -> str:
     place = f"step {event.step + 1}" + (f", {event.phase}" if event.phase else "")
     if event.block_size is not None:
         place += f", sequence length {event.block_size}"
+    if event.rank:
+        place += f", rank {event.rank}"
     return f"{place}: {describe_numbers(event.numbers) or event.message}"
 
 

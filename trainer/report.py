@@ -1,10 +1,8 @@
-"""What the trainer tells a supervisor: one JSON object per line, appended to the file named by GPUSUP_EVENTS.
+"""What the trainer tells a supervisor: the hook's events, and the peak memory of every phase at every block size.
 
-Without that variable nothing is written and nothing is measured. docs/cooperation.md lists the kinds and their fields.
+Without GPUSUP_EVENTS nothing is written and nothing is measured. docs/trainer-protocol.md lists the kinds and fields.
 """
 
-import json
-import math
 import os
 import sys
 from collections import Counter
@@ -12,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from .hook import PROTOCOL, Hook, cuda_memory
+
 STEPS_BEFORE_PEAK = 2  # a first step may not have everything in memory yet
-MESSAGE_CHARS = 2000  # of an exception's text
 
 
 class PeakMeter:
@@ -46,9 +45,9 @@ class PeakMeter:
 class Reporter:
     """Appends events and keeps the peak memory of every (phase, block size) this process has been through."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
-        self._meter: PeakMeter | None = PeakMeter() if path else None
+    def __init__(self, hook: Hook | None) -> None:
+        self._hook = hook or Hook(None)
+        self._meter: PeakMeter | None = PeakMeter() if self._hook.supervised else None
         self._peaks_bytes: dict[tuple[str, int], int] = {}
         self._completed: Counter[tuple[str, int]] = Counter()  # how often each (phase, block size) was gone through
         self._now = ("", 0)  # the (phase, block size) under way; none yet
@@ -59,24 +58,23 @@ class Reporter:
     @classmethod
     def from_environment(cls) -> "Reporter":
         """The reporter the environment asks for; a file that cannot be opened only costs the events."""
-        path = os.environ.get("GPUSUP_EVENTS")
-        try:
-            return cls(Path(path) if path else None)
-        except OSError as error:
-            print(f"no events will be written: {error}", file=sys.stderr, flush=True)
-            return cls(None)
+        return cls(Hook.from_environment())
 
     def emit(self, kind: str, **fields: object) -> None:
         """Append one event; `step` defaults to the steps completed. Training never ends because this failed."""
-        if self._file is None:
-            return
-        event = {"kind": kind, "step": self.step, **fields}
-        line = json.dumps({name: _finite(value) for name, value in event.items()}, allow_nan=False) + "\n"
-        try:
-            os.write(self._file, line.encode())
-        except OSError as error:
-            print(f"no more events will be written: {error}", file=sys.stderr, flush=True)
-            self._file = None
+        self._hook.emit(kind, **{"step": self.step, **fields})
+
+    def start(self, target_steps: int, settings: dict[str, object], global_batch_size: int) -> None:
+        """Announce the run: its settings as they are really in effect. It saves when it is asked to."""
+        self.emit(
+            "start",
+            target_steps=target_steps,
+            can_save=True,
+            settings=settings,
+            global_batch_size=global_batch_size,
+            pid=os.getpid(),
+            protocol=PROTOCOL,
+        )
 
     def measure_cuda(self) -> None:
         """Measure the CUDA allocator from now on, not the host."""
@@ -111,15 +109,27 @@ class Reporter:
             if self._completed[self._now] == STEPS_BEFORE_PEAK:
                 self._emit_peak()
 
-    def failed(self, error: Exception) -> None:
-        """Say what is about to end the process, and in which part of which phase."""
+    def step_fields(self) -> dict[str, int]:
+        """For `step`: the peak of the phase so far in bytes and, on CUDA, the allocator's retries. Costs 20 us."""
+        if self._meter is None:
+            return {}
+        if self._meter.cuda:
+            return cuda_memory()
+        peak_bytes = self._measure()
+        return {} if peak_bytes is None else {"peak_bytes": peak_bytes}
+
+    def failed(self, error: BaseException, oom: bool | None = None) -> None:
+        """Say what is about to end the process, and in which part of which phase.
+
+        `oom`: whether memory was refused; None: as the hook recognises it.
+        """
         phase, block_size = self._now
-        self.emit(
-            "failed",
+        self._hook.failed(
+            error,
+            oom,
+            step=self.step,
             phase="compile" if self.compiling else self.part or phase or "load",
             block_size=block_size,
-            type=type(error).__name__,
-            message=str(error)[:MESSAGE_CHARS],
             peak_bytes=self._measure(),
         )
 
@@ -144,8 +154,3 @@ class Reporter:
             return None
         self._peaks_bytes[self._now] = peak_bytes
         return peak_bytes
-
-
-def _finite(value: object) -> object:
-    """JSON has no NaN and no infinities: they become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -264,7 +264,9 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     failure = evidence.failure
     said: tuple[DiagnosisKind, Strength] | None = None
     if failure is not None:
-        said = _classify_failure(failure)
+        said = _classify_failure(failure, evidence.trains_on)
+        if scene.asserted and "CUBLAS" in failure.message:
+            said = None  # an index out of range, reported late
         if said is not None and said[1] != "mention":
             return _from_failure(evidence, scene, failure, said)
     reported = failure is not None and not CONSEQUENCE.search(f"{failure.type}: {failure.message}")
@@ -306,16 +308,21 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     return _not_oom(evidence, scene, signal)
 
 
-def _classify_failure(failure: TrainerFailure) -> tuple[DiagnosisKind, Strength] | None:
+def _classify_failure(
+    failure: TrainerFailure, trains_on: Literal["gpu", "host"]
+) -> tuple[DiagnosisKind, Strength] | None:
+    """Whose memory was refused, by the trainer's own words; where it says that some was, they only tell whose."""
     name = failure.type.rpartition(".")[2]
     text = squeeze(clean_line(f"{failure.type}: {failure.message}"[:8000].replace("\n", " ")))
     found = find_wording(text)
-    if found is not None and found[0].strength != "mention":
-        return found[0].kind, found[0].strength
+    if found is not None and (failure.oom or found[0].strength != "mention"):
+        return found[0].kind, "hard" if failure.oom else found[0].strength
     if name == "OutOfMemoryError":
         return DiagnosisKind.DEVICE_OOM, "hard"
     if name.endswith("MemoryError"):
         return DiagnosisKind.HOST_OOM, "hard"
+    if failure.oom:
+        return DiagnosisKind.HOST_OOM if trains_on == "host" else DiagnosisKind.DEVICE_OOM, "hard"
     return (found[0].kind, found[0].strength) if found is not None else None
 
 
@@ -330,11 +337,12 @@ def _from_failure(
         numbers = best.numbers
     if kind is DiagnosisKind.HOST_OOM_SUSPECTED and evidence.host_oom_kills > 0:
         kind, strength = DiagnosisKind.HOST_OOM, "hard"
+    rank = best.line.rank if best is not None else None
     return Diagnosis(
         kind=kind,
         is_oom="yes" if strength == "hard" else "suspected",
         phase=failure.phase,
-        rank=best.line.rank if best is not None else None,
+        rank=rank if failure.rank is None else failure.rank,
         numbers=numbers,
         message=squeeze(clean_line(f"{failure.type}: {failure.message}".replace("\n", " ")))[:500],
         evidence=best.blob[:8] if best is not None else _tail(scene),
@@ -367,7 +375,7 @@ def _from_anchor(
         near = [line.text for line in scene.lines[max(0, best.at - 12) : best.at + 1]]
         if any(map(_PINNING.search, near)) or any(_PINNING.search(frame.function) for frame in frames[-3:]):
             kind = DiagnosisKind.HOST_OOM  # page-locked host memory, though the driver says CUDA
-    phase = failure.phase if failure is not None else infer_phase(frames)
+    phase = (failure.phase if failure is not None else None) or infer_phase(frames)
     text = squeeze(" ".join(strip_prefixes(clean_line(raw)).text for raw in best.blob))
     last = frames[-1:]
     where = tuple(f'File "{frame.file}", in {frame.function}: {frame.source}'[:300] for frame in last)

@@ -91,9 +91,11 @@ class SupervisorStarted(Event, frozen=True, tag="supervisor_started"):
 
 
 class Note(Event, frozen=True, tag="note"):
-    """Something a person should read; changes nothing."""
+    """Something a person should read; changes nothing. `topic`: what is told once in an `attempt`."""
 
     text: str
+    attempt: int | None = None
+    topic: str = ""
 
 
 class StopAsked(Event, frozen=True, tag="stop_asked"):
@@ -194,6 +196,8 @@ class CheckpointSaved(Event, frozen=True, tag="checkpoint"):
     path: str
     bytes: int = 0
     copy: str | None = None
+    emergency: bool = False
+    """Saved after memory was refused, on the way out."""
 
 
 class CheckpointRejected(Event, frozen=True, tag="checkpoint_rejected"):
@@ -215,6 +219,7 @@ class OomDetected(Event, frozen=True, tag="oom"):
     numbers: OomNumbers = OomNumbers()
     at_least_bytes: int | None = None
     foreign_bytes: int | None = None
+    rank: int | None = None
     evidence: tuple[str, ...] = ()
 
 

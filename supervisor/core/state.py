@@ -122,6 +122,8 @@ class Attempt(Struct, frozen=True, kw_only=True):
     """Of its memory in all, confirmed; None without a budget, or before it took effect."""
     peaks: tuple[Peak, ...] = ()
     peak_bytes: int | None = None
+    told: frozenset[str] = frozenset()
+    """Topics of the notes that are told once in an attempt."""
     stop: StopRequested | None = None
     oom: OomDetected | None = None
     exit: ExitStatus | None = None
@@ -223,8 +225,10 @@ def fold(events: list[AnyEvent]) -> State:
 
 def _evolve(state: State, event: AnyEvent) -> State:
     match event:
-        case RunCreated() | Note():
+        case RunCreated():
             return state
+        case Note():
+            return _told(state, event)
         case SupervisorStarted():  # taking over a run that was stopped continues it
             again = sorted({*state.checkpoints, *state.rejected}, key=lambda ref: ref.step)
             return replace(state, finished=None, stop_asked=None, checkpoints=tuple(again), rejected=())
@@ -329,6 +333,11 @@ def _restoring(state: State, event: RestorationChosen) -> State:
 def _update(state: State, n: int, **changes: object) -> State:
     attempts = tuple(replace(a, **changes) if a.n == n else a for a in state.attempts)
     return replace(state, attempts=attempts)
+
+
+def _told(state: State, event: Note) -> State:
+    attempt = next((a for a in state.attempts if a.n == event.attempt), None)
+    return state if attempt is None else _update(state, attempt.n, told=attempt.told | {event.topic})
 
 
 def _progressed(state: State, n: int, step: int) -> State:

@@ -48,11 +48,14 @@ class ExitStatus(Struct, frozen=True, kw_only=True):
 class TrainerFailure(Struct, frozen=True, kw_only=True):
     """What a cooperating trainer reported of itself before it died."""
 
-    phase: str
+    phase: str | None = None
     step: int | None = None
     type: str
     message: str
     block_size: int | None = None
+    oom: bool = False
+    """The trainer says that memory was refused; that it does not say so proves nothing."""
+    rank: int | None = None
 
 
 class Evidence(Struct, frozen=True, kw_only=True):
@@ -61,6 +64,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     """The last lines of this attempt only; what an earlier attempt left would be taken for this one's."""
     stdout: tuple[str, ...] = ()
     failure: TrainerFailure | None = None
+    trains_on: Literal["gpu", "host"] = "gpu"
     host_oom_kills: int = 0
     """How far the kernel's count of OOM kills in our cgroup rose during the attempt."""
 

@@ -1,4 +1,4 @@
-"""A trainer that keeps to docs/cooperation.md and needs no torch: the reference trainer's knobs, steps of `step_s`.
+"""A trainer that keeps to docs/trainer-protocol.md without torch: the reference trainer's knobs, steps of `step_s`.
 
 `leave_orphan` starts a process of its own session that would outlive it; `ignore_term` never leaves when asked.
 """

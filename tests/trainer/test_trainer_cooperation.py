@@ -1,4 +1,4 @@
-"""What a supervisor sees of a run: docs/cooperation.md, checked on real runs."""
+"""What a supervisor sees of a run: docs/trainer-protocol.md, checked on real runs."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpusup.trainer.hook import Hook
 from gpusup.trainer.report import Reporter
 from trainer_runs import PACKAGE, TINY, Launch, Run, mutant
 
@@ -108,7 +109,7 @@ def test_event_file_that_cannot_be_written_costs_only_the_events(tmp_path: Path,
 
 def test_number_that_json_lacks_becomes_null(tmp_path: Path) -> None:
     path = tmp_path / "events"
-    Reporter(path).emit("step", loss=float("nan"), dt_s=1.0)
+    Reporter(Hook(path)).emit("step", loss=float("nan"), dt_s=1.0)
     assert json.loads(path.read_text()) == {"kind": "step", "step": 0, "loss": None, "dt_s": 1.0}
 
 
