@@ -65,6 +65,7 @@ def run_case(case: Case, device_name: str, steps: int, budget_gib: float) -> dic
     sys.path.insert(0, str(ROOT))
     import torch
     from torch.nn import functional as F  # noqa: N812
+
     from trainer.distributed import World
     from trainer.forward import Forward, loss_scaler, open_device
     from trainer.model import GPT, Shape
@@ -79,7 +80,7 @@ def run_case(case: Case, device_name: str, steps: int, budget_gib: float) -> dic
     shape = Shape(
         n_layer=LAYERS, n_head=HEADS, n_embd=case.width, block_size=case.context, vocab_size=VOCABULARY, bias=False
     )
-    model = GPT(shape, 0.0, device, loss_chunks=case.loss_chunks)
+    model = GPT.new(shape, 0.0, device, seed=1, loss_chunks=case.loss_chunks)
     optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1)
     scaler = loss_scaler(device, case.dtype)
     update = Update(optimizer, scaler, 1.0, World(device=device))
@@ -96,7 +97,7 @@ def run_case(case: Case, device_name: str, steps: int, budget_gib: float) -> dic
         begin_s = time.perf_counter()
         if case.returns_logits:
             with torch.autocast(device.type, dtype=getattr(torch, case.dtype)):
-                logits, loss = both(tokens[:, :-1], tokens[:, 1:])  # kept until the next ones replace them
+                kept, loss = both(tokens[:, :-1], tokens[:, 1:])  # noqa: RUF059  (until the next ones replace them)
         else:
             loss = forward((tokens[:, :-1], tokens[:, 1:]))
         scaler.scale(loss / tokens.numel()).backward()

@@ -3,7 +3,7 @@
     python bench/trainer_restart.py [--repeat 3] [--device cpu]
 
 One run is started, then resumed as a supervisor would resume it: the same again, with compile taken away and given back,
-with another micro-batch and back, in another dtype. Compiled code is cached in the run's own directory throughout.
+with another micro-batch and back, in another dtype. Compiled code is cached in the run's folder throughout.
 """
 
 import argparse
@@ -69,7 +69,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             for split in ("train", "val"):
-                np.random.default_rng(1).zipf(1.3, 200_000).clip(max=50_256).astype("<u2").tofile(folder / f"{split}.bin")
+                np.random.default_rng(1).zipf(1.3, 200_000).clip(max=50_256).astype("<u2").tofile(
+                    folder / f"{split}.bin"
+                )
             for number, (what, changed) in enumerate(RESTARTS):
                 times[what].append(first_step_s(folder, arguments.device, number, changed))
     print(f"{'':<30} {'first step s':>12} {'min-max':>13} {'of it before training':>22}")

@@ -1,8 +1,8 @@
 """Several processes that train one model, as `torchrun` starts them: each takes its share of every global batch.
 
-Gradients of unequal shares are sums, divided by the tokens of the whole global batch, so summing them over the processes
-is exact for any number of processes, and the order of the samples is that of a single one. A process that fails leaves
-at once: caught, it would leave the others waiting for it.
+Gradients of unequal shares are sums, divided by the tokens of the whole global batch, so summing them over all is exact
+for any number of processes, and the order of the samples is that of a single one. A process that fails leaves at once:
+were its failure caught, the others would wait for it.
 """
 
 import os
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .errors import TrainerError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class World:
@@ -22,7 +24,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def first(self) -> bool:

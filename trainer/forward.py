@@ -99,7 +99,13 @@ def spare_dynamo() -> None:
     then calls under the name set here. Where PyTorch does this in another way, nothing happens.
     """
     optimizer = torch.optim.Optimizer
-    for function in (optimizer.add_param_group, optimizer.zero_grad, optimizer.load_state_dict, optimizer.state_dict, checkpoint):
+    for function in (
+        optimizer.add_param_group,
+        optimizer.zero_grad,
+        optimizer.load_state_dict,
+        optimizer.state_dict,
+        checkpoint,
+    ):
         if plain := getattr(function, "__wrapped__", None):
             plain.__dict__.setdefault("__dynamo_disable", plain)
 

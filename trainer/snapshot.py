@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, interchange, rng
+from . import checkpoint, rng
 from .data import Tokens
 from .distributed import World
 from .errors import TrainerError
@@ -50,9 +49,7 @@ def restore(
         torch.manual_seed(loaded.step * world.size + world.rank)
 
 
-def check_resumable(
-    loaded: checkpoint.Loaded, shape: Shape, tokens: Tokens, now: Mapping[str, object]
-) -> list[str]:
+def check_resumable(loaded: checkpoint.Loaded, shape: Shape, tokens: Tokens, now: Mapping[str, object]) -> list[str]:
     """Raise TrainerError when this run cannot go on from the checkpoint; otherwise what will not be as it was."""
     for name, value in asdict(shape).items():
         before = loaded.meta["shape"][name]
@@ -74,7 +71,9 @@ def check_resumable(
         if loaded.meta["config"][name] != value
     ]
     if loaded.meta["data"] != tokens.fingerprint:
-        differs.append(f"note: the training data are not those of before: this run does not continue {loaded.path} exactly")
+        differs.append(
+            f"note: the training data are not those of before: this run does not continue {loaded.path} exactly"
+        )
     return differs
 
 
@@ -83,6 +82,8 @@ def start_from(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
 
     Raises TrainerError when it is of another shape, saying which settings would fit.
     """
+    from . import interchange  # only a first start needs it
+
     foreign = interchange.load(path)
     if foreign.shape != model.shape:
         needed = " ".join(

@@ -1,21 +1,24 @@
-"""Pretrain a GPT-2 on one device.
+"""Pretrain a GPT-2, on one device or, under torchrun, on several.
 
     python trainer/train.py [config/FILE.py] [--key=value ...]
     python -m gpusup.trainer.train [config/FILE.py] [--key=value ...]
+    torchrun --nproc_per_node=2 trainer/train.py [config/FILE.py] [--key=value ...]
 
-An interrupted run, resumed with --init_from=resume, continues bit for bit; resumed with another micro-batch it keeps
-the global batch, the order of the samples and the learning rate. SIGTERM saves and stops. Exit status: 0 done, 1 an
-exception (with its traceback), 2 something in the settings or the data to put right.
+An interrupted run, resumed with --init_from=resume, continues bit for bit; resumed with another micro-batch, or on
+another number of devices, it keeps the global batch, the order of the samples and the learning rate. SIGTERM saves and
+stops. Exit status: 0 done, 1 an exception (with its traceback), 2 something in the settings or the data to put right,
+75 out of memory, with everything up to the last completed step saved.
 """
 
+import gc
 import os
 import random
 import sys
-import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import NoReturn
 
 if not __package__:  # run by path: what must be importable is this package, not the modules inside it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,27 +26,32 @@ if not __package__:  # run by path: what must be importable is this package, not
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import checkpoint, options, schedule
+from . import checkpoint, distributed, flops, options, schedule, snapshot
+from .clock import StepClock, duration
 from .data import Tokens
 from .errors import TrainerError
 from .forward import DTYPES, Forward, loss_scaler, missing_for_compile, open_device, spare_dynamo
+from .hook import EXIT_OOM_SAVED, StopRequest, is_out_of_memory
 from .model import GPT, Shape
 from .report import Reporter
-from .stop import StopRequest
+from .rng import RngState
+from .update import Update, make_optimizer
 
 # ---- settings: constants only, so that they can be read without running this file
 # files
 out_dir = "out"  # where checkpoints go
-data_dir = "data/prose"  # holds train.bin and val.bin, made by prepare.py
-init_from = "scratch"  # scratch, or resume
+data_dir = "data/prose"  # holds the token files made by prepare.py
+init_from = "scratch"  # scratch, resume, or a checkpoint of nanoGPT (ckpt.pt) or Hugging Face's GPT-2 (its folder)
 resume_from = ""  # with init_from=resume: the checkpoint to load; empty means the newest in out_dir
 # how often, in optimizer steps
 eval_interval = 250  # evaluate; 0 means never
 eval_iters = 4  # size of the validation set, in global batches
 log_interval = 1  # print the loss
 checkpoint_interval = 0  # save; 0 means at every evaluation; the last step always saves
+keep_latest_k = 2  # checkpoints kept, at least two
+async_checkpoint = True  # write them while training goes on
 # batch
 batch_size = 12  # samples in a micro-batch: what memory depends on
 gradient_accumulation_steps = 4  # micro-batches in an optimizer step, unless global_batch_size is given
@@ -69,15 +77,18 @@ decay_lr = True  # warm-up and cosine decay; otherwise learning_rate throughout
 warmup_iters = 100  # steps of linear warm-up
 lr_decay_iters = 0  # step at which min_lr is reached; 0 means max_iters
 min_lr = 6e-5  # learning rate at the end
+# memory
+loss_chunks = 0  # pieces a micro-batch's logits are computed in, never all at once; 1: whole; 0: as fits the device
+activation_checkpointing = False  # compute a block's activations again in the backward pass instead of keeping them
+activation_memory_budget = 1.0  # share of the activations compiled code may keep; below 1 it computes more again
+expandable_segments = True  # CUDA: an allocator that fragments less, where the platform is known to bear it
 # machine
 seed = 1337  # of the initial weights, the order of the samples, and dropout
 device = "cuda"  # cpu, cuda, cuda:1
 dtype = "bfloat16"  # of matrix products: float32, bfloat16 or float16
 compile = True  # torch.compile: faster, after a pause at the first step of each shape  # noqa: A001
-loss_chunks = 0  # parts in which a micro-batch's logits are made; 1: all at once, the plain loss; 0 means automatic
-activation_checkpointing = False  # keep a block's input only, compute the rest again in backward: slower, leaner
-activation_memory_budget = 1.0  # compiled: fraction of the activations kept for backward, the rest is computed again
 threads = 0  # CPU threads; 0 means PyTorch's own choice
+peak_tflops = 0.0  # the device's peak, for MFU; 0 means from the table of cards
 # ---- end of settings
 
 KNOBS = options.declared(Path(__file__).read_text(encoding="utf-8"))
@@ -88,20 +99,20 @@ AT_LEAST = {
     **dict.fromkeys(("eval_interval", "checkpoint_interval", "global_batch_size", "block_size_start"), 0),
     **dict.fromkeys(("block_size_warmup_iters", "warmup_iters", "lr_decay_iters", "threads", "seed"), 0),
     **dict.fromkeys(("dropout", "learning_rate", "min_lr", "weight_decay", "beta1", "beta2", "grad_clip"), 0),
-    **dict.fromkeys(("loss_chunks", "activation_memory_budget"), 0),
+    **dict.fromkeys(("loss_chunks", "activation_memory_budget", "peak_tflops"), 0),
+    "keep_latest_k": 2,  # the newest may be the damaged one
 }
+AT_MOST = {"activation_memory_budget": 1}
 BELOW_ONE = ("dropout", "beta1", "beta2")
-CHOICES = {"init_from": ("scratch", "resume"), "dtype": tuple(DTYPES)}
+CHOICES = {"dtype": tuple(DTYPES)}
+MAX_NOT_FINITE = 20  # updates skipped in a row; float16 may need a dozen until its scale fits
 
 
 def configure(arguments: list[str]) -> None:
     """Set the module's settings from the command line. Raises TrainerError when they make no sense together."""
     values = options.parse(arguments, KNOBS)
-    options.check_ranges(values, AT_LEAST, CHOICES)
+    options.check_ranges(values, AT_LEAST, AT_MOST, BELOW_ONE, CHOICES)
     globals().update(values)
-    for name in BELOW_ONE:
-        if cast(float, values[name]) >= 1:
-            raise TrainerError(f"{name}={values[name]} must be below 1")
     if n_embd % n_head:
         raise TrainerError(f"n_embd={n_embd} cannot be split into n_head={n_head} equal heads; change one of them")
     if resume_from and init_from != "resume":
@@ -120,8 +131,7 @@ class Progress:
 
     step: int = 0  # optimizer steps completed
     sample: int = 0  # samples consumed: the number of the next one
-    best_val_loss: float = float("inf")
-    saved_step: int = -1  # of the newest checkpoint
+    best_val_loss: float | None = None
 
 
 class Trainer:
@@ -132,22 +142,33 @@ class Trainer:
         self.report = report
         self.sizes = schedule.stages(block_size_start, block_size)
         self.global_rows = global_batch_size or batch_size * gradient_accumulation_steps
-        self.micro_rows = schedule.micro_batches(self.global_rows, batch_size)
+        self.out = Path(out_dir)
         report.enter("load", self.sizes[0])
 
+        # ---- device, processes
         if threads:
             torch.set_num_threads(threads)
-        self.device = open_device(device)
+        self.device = open_device(distributed.own_device(device))
+        self.world = distributed.join(self.device)
+        self.first, rows = self.world.share(self.global_rows)
+        self.micro_rows = schedule.micro_batches(rows, batch_size)
+        self.peak: float | None = None  # FLOP/s
         if self.device.type == "cuda":
             report.measure_cuda()
+            self.peak = flops.peak(torch.cuda.get_device_name(self.device), dtype)
         missing = missing_for_compile(self.device) if compile else None
         if missing:
-            say(f"compile is not available: {missing}; training goes on without it")
+            self.say(f"compile is not available: {missing}; training goes on without it")
             report.emit("unavailable", knob="compile", reason=missing)
         self.compiled = compile and not missing
+        if self.compiled:  # what is compiled stays with the run, so that the same again is quick, after a reboot too
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((self.out / "compile_cache").absolute()))
 
-        self.train_tokens = Tokens(Path(data_dir, "train.bin"), block_size, vocab_size)
-        self.val_tokens = Tokens(Path(data_dir, "val.bin"), block_size, vocab_size) if eval_interval else None
+        # ---- data
+        self.train_tokens = Tokens.open(Path(data_dir), "train", block_size, vocab_size)
+        self.val_tokens = Tokens.open(Path(data_dir), "val", block_size, vocab_size) if eval_interval else None
+
+        # ---- model, optimizer
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -164,43 +185,51 @@ class Trainer:
             loss_chunks=loss_chunks,
             activation_checkpointing=activation_checkpointing,
         )
-        self.optimizer = make_optimizer(self.model)
+        self.world.agree(parameter.detach() for parameter in self.model.parameters())
+        self.optimizer = make_optimizer(self.model, learning_rate, (beta1, beta2), weight_decay)
         self.scaler = loss_scaler(self.device, dtype)
+        self.update = Update(self.optimizer, self.scaler, grad_clip, self.world)
         self.forward = Forward(self.model, self.device, dtype, self.compiled, report, activation_memory_budget)
+        self.checkpointer = checkpoint.Checkpointer(self.out, keep_latest_k, async_checkpoint)
         self.progress = Progress()
-        self.out = Path(out_dir)
+        self.rng = RngState(self.device)
+        self.applied = self.update.applied()  # updates, before the step under way
+        self.skipped = 0.0  # updates, as last told
+        self.saved_step = -1  # of the newest checkpoint, perhaps still being written
 
     def begin(self) -> None:
         """Resume, if this run does, and announce it."""
+        stored = checkpoint.stored(self.out)
         if init_from == "resume":
             self.report.enter("resume", self.sizes[0])
             self.resume()
-        elif files := checkpoint.stored(self.out):
+        elif stored:
             raise TrainerError(
-                f"{self.out} already holds {files[-1][1].name}; go on with --init_from=resume, or use another out_dir"
+                f"{self.out} already holds {stored[-1][1].name}; go on with --init_from=resume, or use another out_dir"
             )
+        elif init_from != "scratch":
+            self.report.enter("resume", self.sizes[0])
+            self.progress.step = snapshot.start_from(Path(init_from), self.model, self.optimizer)
+            self.progress.sample = self.progress.step * self.global_rows
+        if init_from != "resume" and self.world.size > 1:
+            torch.manual_seed(seed + 1 + self.world.rank)  # dropout differs between processes, the weights do not
+        self.rng = RngState(self.device)
         self.out.mkdir(parents=True, exist_ok=True)
         self.report.step = self.progress.step
-        self.report.emit(
-            "start",
-            target_steps=max_iters,
-            pid=os.getpid(),
-            can_save=True,
-            settings=self.settings(),
-            global_batch_size=self.global_rows,
-        )
+        self.report.start(max_iters, self.settings(), self.global_rows)
         how = f"{dtype}, compiled" if self.compiled else dtype
-        say(
-            f"{self.model.parameter_count() / 1e6:.1f} M parameters on {self.device}, {how}; "
-            f"global batch {self.global_rows} samples, micro-batch {max(self.micro_rows)}"
+        of = f", of {self.world.size} processes" if self.world.size > 1 else ""
+        self.say(
+            f"{self.model.parameter_count() / 1e6:.2f} M parameters on {self.device}, {how}; "
+            f"global batch {self.global_rows} samples, micro-batch {max(self.micro_rows, default=0)}{of}"
         )
 
     def settings(self) -> dict[str, object]:
         """Every setting as it is really in effect."""
         return {
             **{name: globals()[name] for name in KNOBS},
-            "batch_size": max(self.micro_rows),
-            "gradient_accumulation_steps": len(self.micro_rows),
+            "batch_size": max(self.micro_rows, default=0),
+            "gradient_accumulation_steps": len(self.micro_rows) * self.world.size,
             "global_batch_size": self.global_rows,
             "compile": self.compiled,
             "threads": torch.get_num_threads(),
@@ -210,31 +239,30 @@ class Trainer:
         """Take the optimizer steps that remain, or those until `stop` is asked for."""
         progress, report = self.progress, self.report
         context = 0  # block size of the step under way
-        unlogged, unlogged_s = 0, 0.0  # steps since the last printed line, and the time they took
-        while progress.step < max_iters and not stop.asked:
+        clock = StepClock()
+        while progress.step < max_iters and not self.world.any(stop.asked):
             # ---- how long the samples are now
             previous, context = context, schedule.block_size_at(progress.step, self.sizes, block_size_warmup_iters)
             if context != previous:
                 self.forward.begin_stage()
-                unlogged, unlogged_s = 0, 0.0
+                clock = StepClock()
 
             # ---- one optimizer step
             compiling = any(self.forward.must_compile(rows, context) for rows in self.micro_rows)
             report.enter("compile" if compiling else "train", context)
-            begin_s = time.perf_counter()
+            clock.start()
             loss_sum = self.optimizer_step(context)
             progress.step += 1
             progress.sample += self.global_rows
+            self.rng = RngState(self.device)
             report.stepped()
 
             # ---- print
-            tokens = self.global_rows * context
-            printed = progress.step % log_interval == 0
-            loss = loss_sum.item() / tokens if printed else 0.0  # .item() waits for the GPU, so the time is right
-            unlogged, unlogged_s = unlogged + 1, unlogged_s + time.perf_counter() - begin_s
-            if printed:
-                self.log(loss, unlogged_s / unlogged, tokens, context)
-                unlogged, unlogged_s = 0, 0.0
+            if progress.step % log_interval == 0:
+                self.log(loss_sum, context, clock.lap)
+            else:
+                clock.stop()
+            self.tell_saved(self.checkpointer.poll())
 
             # ---- evaluate, save
             last = progress.step == max_iters
@@ -245,25 +273,27 @@ class Trainer:
                 self.save(context)
 
         # ---- how it ended
-        if progress.step < max_iters and progress.saved_step != progress.step:
+        if progress.step < max_iters and self.saved_step != progress.step:
             self.save(context or self.sizes[0])
+        self.tell_saved(self.checkpointer.wait())
         report.leave()
-        report.emit("done" if progress.step >= max_iters else "stopped")
+        self.report.emit("done" if progress.step >= max_iters else "stopped")
+        self.world.leave()
         if progress.step < max_iters:
-            say(f"stopped at step {progress.step}: go on with --init_from=resume")
+            self.say(f"stopped at step {progress.step}: go on with --init_from=resume")
             stop.obey()
 
     def optimizer_step(self, context: int) -> Tensor:
-        """One update of the weights from the next global batch; the sum of its token losses, float64."""
+        """One update of the weights from the next global batch; this process's sum of its token losses, float64."""
+        self.applied = self.update.applied()
         lr = schedule.learning_rate_at(
             self.progress.step, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr if decay_lr else learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tokens = self.global_rows * context  # of the whole global batch, so that every token weighs the same
-        first = self.progress.sample
+        first = self.progress.sample + self.first
         for rows in self.micro_rows:
             batch = self.train_tokens.training(seed, first, rows, context)
             with self.forward.first_call(rows, context):
@@ -273,29 +303,53 @@ class Trainer:
                 self.scaler.scale(loss_sum / tokens).backward()  # type: ignore[no-untyped-call]
             total += loss_sum.detach()
             first += rows
+        self.report.part = "clip"
+        self.update.prepare()
         self.report.part = "optimizer"
-        self.update()
+        self.checkpointer.before_update()
+        self.update.apply()
         self.report.part = ""
         return total
 
-    def update(self) -> None:
-        """Apply the gradients, or, where float16 overflowed, skip this update."""
-        scale = self.scaler.get_scale()
-        self.scaler.unscale_(self.optimizer)
-        if grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() < scale:
-            say(f"step {self.progress.step + 1}: a gradient overflowed float16, this update is skipped")
+    def log(self, loss_sum: Tensor, context: int, lap: Callable[[], float]) -> None:
+        """Print and report one line: the exact mean over the global batch, and the mean time of a step since the last.
 
-    def log(self, loss: float, dt_s: float, tokens: int, context: int) -> None:
-        """Print and report one line: the exact mean over the global batch, and the mean time of a step."""
-        say(
-            f"step {self.progress.step}/{max_iters}: loss {loss:.4f}, {dt_s * 1000:.0f} ms, "
-            f"{tokens / dt_s:,.0f} tok/s, block {context}"
+        Raises FloatingPointError when no gradient has been finite for long.
+        """
+        self.world.sum([loss_sum])
+        numbers = torch.stack([loss_sum, self.update.grad_norm, self.update.skipped, self.update.in_a_row])
+        loss_total, grad_norm, skipped, in_a_row = numbers.tolist()  # waits for the GPU, so that the time is right
+        dt_s = lap()
+        tokens = self.global_rows * context
+        loss = loss_total / tokens
+        speed = f"{dt_s * 1000:.0f} ms, {tokens / dt_s:,.0f} tok/s"
+        if (utilisation := self.utilisation(tokens / dt_s, context)) is not None:
+            speed += f", MFU {utilisation:.1%}"
+        eta = duration((max_iters - self.progress.step) * dt_s)
+        self.say(
+            f"step {self.progress.step}/{max_iters}: loss {loss:.4f}, {speed}, norm {grad_norm:.2f}, ETA {eta}, "
+            f"block {context}"
         )
-        self.report.emit("step", loss=loss, dt_s=dt_s, tokens=tokens, block_size=context)
+        memory = self.report.step_fields()
+        self.report.emit("step", loss=loss, dt_s=dt_s, tokens=tokens, block_size=context, grad_norm=grad_norm, **memory)
+        if skipped > self.skipped:
+            self.say(f"step {self.progress.step}: the gradient is not finite; {skipped:.0f} updates skipped so far")
+            self.report.emit("skipped", count=int(skipped), reason="the gradient is not finite")
+            self.skipped = skipped
+        if in_a_row >= MAX_NOT_FINITE:
+            raise FloatingPointError(
+                f"the gradients of {in_a_row:.0f} steps in a row were not finite, so nothing is learned any more; "
+                f"resume from an earlier checkpoint with a lower learning_rate, or with dtype=float32 or bfloat16"
+            )
+
+    def utilisation(self, tokens_per_s: float, context: int) -> float | None:
+        """Share of the device's peak that the model's own FLOPs take (MFU); None where the peak is not known."""
+        peak = peak_tflops * 1e12 or self.peak
+        if not peak:
+            return None
+        return (
+            tokens_per_s * flops.per_token(self.model.parameter_count(), self.shape, context) / peak / self.world.size
+        )
 
     @torch.no_grad()
     def evaluate(self, context: int, stop: StopRequest) -> None:
@@ -305,84 +359,98 @@ class Trainer:
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         samples = eval_iters * self.global_rows  # not a multiple of the micro-batch: the same whatever that is
-        for first in range(0, samples, batch_size):
-            rows = min(batch_size, samples - first)
+        first, mine = self.world.share(samples)
+        for rows in schedule.micro_batches(mine, batch_size):
             with self.forward.first_call(rows, context):
                 total += self.forward(self.val_tokens.validation(samples, first, rows, context))
+            first += rows
             if stop.asked:
                 break
-        else:
-            val_loss = total.item() / (samples * context)
-            self.progress.best_val_loss = min(self.progress.best_val_loss, val_loss)
-            say(f"step {self.progress.step}: val loss {val_loss:.4f}")
-            self.report.emit("eval", val_loss=val_loss)
         self.model.train()
+        if self.world.any(stop.asked):
+            return
+        self.world.sum([total])
+        val_loss = total.item() / (samples * context)
+        self.progress.best_val_loss = min(self.progress.best_val_loss or val_loss, val_loss)
+        self.say(f"step {self.progress.step}: val loss {val_loss:.4f}")
+        self.report.emit("eval", val_loss=val_loss)
 
     def save(self, context: int) -> None:
-        """Write a checkpoint from which a run with the same settings continues bit for bit."""
+        """Begin a checkpoint from which a run with the same settings continues bit for bit."""
         self.report.enter("checkpoint", context)
-        content = {
+        generators = self.world.gather(self.rng.to_json())
+        if not self.world.first:
+            return
+        self.report.emit("checkpoint_begun")
+        meta = {
             "sample": self.progress.sample,
             "best_val_loss": self.progress.best_val_loss,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "scaler": self.scaler.state_dict(),
-            "rng": checkpoint.rng_state(self.device),
             "shape": asdict(self.shape),
-            "train_tokens": len(self.train_tokens),
+            "tokenizer": self.train_tokens.vocabulary,
+            "data": self.train_tokens.fingerprint,
+            "scaler": self.scaler.state_dict(),
+            "rng": generators,
             "config": self.settings(),
             "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]},
         }
-        path, size_bytes = checkpoint.save(self.out, self.progress.step, content)
-        self.progress.saved_step = self.progress.step
-        say(f"saved {path} ({size_bytes / 1e6:.1f} MB)")
-        self.report.emit("checkpoint", path=str(path), bytes=size_bytes)
+        tensors = snapshot.tensors(self.model, self.optimizer)
+        self.checkpointer.save(self.progress.step, tensors, meta)
+        self.saved_step = self.progress.step
+
+    def tell_saved(self, saved: list[checkpoint.Saved]) -> None:
+        """Print and report the checkpoints that have become durable."""
+        for one in saved:
+            self.say(f"saved {one.path} ({one.bytes / 1e6:.1f} MB)")
+            self.report.emit("checkpoint", step=one.step, path=str(one.path), bytes=one.bytes)
+
+    def finish_saving(self) -> None:
+        """Let a checkpoint that is being written become whole; called when all else has failed already."""
+        try:
+            self.tell_saved(self.checkpointer.wait())
+        except (OSError, TrainerError) as error:
+            self.say(f"the checkpoint of step {self.saved_step} was not written: {error}")
 
     def resume(self) -> None:
         """Take everything from the checkpoint; hyperparameters are this run's own."""
-        path = Path(resume_from)
-        if resume_from:
-            saved = checkpoint.load(path)
-        else:
-            path, saved = checkpoint.load_newest(self.out)
-        self.check_resumable(path, saved)
-        self.model.load_state_dict(saved["model"])
-        own = self.optimizer.state_dict()["state"]
-        for index, values in saved["optimizer"].items():
-            for name, value in values.items():
-                own[index][name].copy_(value)  # in place: resuming needs no more memory than starting
-        if saved["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved["scaler"])
-        checkpoint.restore_rng(saved["rng"], self.device)
-        step = saved["step"]
-        self.progress = Progress(step, saved["sample"], saved["best_val_loss"], saved_step=step)
-        say(f"resumed {path} at step {step}")
+        path = Path(resume_from) if resume_from else None
+        loaded = checkpoint.load(path) if path else checkpoint.load_newest(self.out)
+        now = {"seed": seed, "global_batch_size": self.global_rows}
+        notes = snapshot.check_resumable(loaded, self.shape, self.train_tokens, now)
+        snapshot.restore(loaded, self.model, self.optimizer, self.scaler, self.device, self.world)
+        self.progress = Progress(loaded.step, loaded.meta["sample"], loaded.meta["best_val_loss"])
+        self.saved_step = loaded.step
+        for line in (*notes, f"resumed {loaded.path} at step {loaded.step}"):
+            self.say(line)
 
-    def check_resumable(self, path: Path, saved: Mapping[str, Any]) -> None:
-        """Raise TrainerError when the weights do not fit; say so when the run will not continue as it would have."""
-        for name, value in asdict(self.shape).items():
-            if saved["shape"][name] != value:
-                raise TrainerError(
-                    f"{path} has {name}={saved['shape'][name]}, this run {name}={value}; "
-                    f"use the same, or start from scratch in another out_dir"
-                )
-        now = {"seed": seed, "global_batch_size": self.global_rows, "train_tokens": len(self.train_tokens)}
-        for name, value in now.items():
-            before = saved["train_tokens"] if name == "train_tokens" else saved["config"][name]
-            if before != value:
-                say(f"note: {name} was {before} and is now {value}: this run does not continue {path} exactly")
+    def can_rescue(self) -> bool:
+        """Whether the state as of the last completed step is still whole, and not on disk already by definition."""
+        begun = self.progress.step > 0
+        return begun and (self.report.part != "optimizer" or self.update.untouched_since(self.applied))
 
+    def rescue(self) -> NoReturn:
+        """After running out of memory: save the state as of the last completed step, and leave with status 75.
 
-def make_optimizer(model: GPT) -> torch.optim.AdamW:
-    """AdamW with its state allocated now, so that the first step needs no more memory than the others."""
-    optimizer = torch.optim.AdamW(model.decay_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
-    return optimizer
+        To be called where nothing refers to the failed step any more, so that its memory is free.
+        """
+        self.forward.begin_stage()
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.saved_step != self.progress.step:
+            self.save(block_size)
+        self.tell_saved(self.checkpointer.wait())
+        self.report.leave()
+        self.say(
+            f"out of memory in step {self.progress.step + 1}; step {self.progress.step} is saved: "
+            f"go on with --init_from=resume and settings that need less, such as a smaller batch_size"
+        )
+        raise SystemExit(EXIT_OOM_SAVED)
+
+    def say(self, line: str) -> None:
+        """Print, once for all processes."""
+        if self.world.first:
+            say(line)
 
 
 def is_due(interval: int, step: int) -> bool:
@@ -402,18 +470,31 @@ def main(arguments: list[str]) -> None:
         return
     report = Reporter.from_environment()
     stop = StopRequest()
+    trainer: Trainer | None = None
     try:
         configure(arguments)
         trainer = Trainer(report)
         trainer.begin()
         trainer.run(stop)
+        return
     except TrainerError as error:
         report.failed(error)
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
         report.failed(error)
-        raise
+        if trainer is None:
+            raise
+        alone = trainer.world.size == 1
+        if not (alone and is_out_of_memory(error) and trainer.can_rescue()):
+            trainer.finish_saving()
+            if alone:
+                raise
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # at once: a process that said goodbye would wait for those that wait for it
+        traceback.print_exc()
+    trainer.rescue()  # out of the handler, for the exception holds the failed step and all its memory
 
 
 if __name__ == "__main__":

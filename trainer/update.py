@@ -7,7 +7,9 @@ from .distributed import World
 from .model import GPT
 
 
-def make_optimizer(model: GPT, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    model: GPT, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW with its state allocated now, so that the first step needs no more memory than the others."""
     optimizer = torch.optim.AdamW(model.decay_groups(weight_decay), lr=learning_rate, betas=betas, fused=True)
     for parameter in model.parameters():
@@ -34,7 +36,7 @@ class Update:
         self.not_finite = zero.clone()  # 1 where the newest gradients are not
 
     def prepare(self) -> None:
-        """Sum the gradients of all processes and see how large they are. Nothing is applied; nothing waits for the GPU."""
+        """Sum the gradients of all processes and see how large they are; nothing is applied, no GPU is waited for."""
         grads = [_grad(parameter) for parameter in self.parameters]
         self.world.sum(grads)
         loss_scale = self.scaler.scale(torch.ones_like(self.grad_norm))  # 1 unless the matrices are float16
@@ -44,13 +46,18 @@ class Update:
         self.in_a_row = (self.in_a_row + 1) * self.not_finite
 
     def apply(self) -> None:
-        """Step the optimizer. It divides the gradients itself (`grad_scale`) and leaves all as it is for `found_inf`."""
-        divisor = (self.grad_norm / self.grad_clip).clamp(min=1.0) if self.grad_clip else torch.ones_like(self.grad_norm)
-        self.optimizer.grad_scale = divisor
-        self.optimizer.found_inf = self.not_finite
+        """Step the optimizer, which divides the gradients itself; where they are not finite it changes nothing.
+
+        These two attributes are how PyTorch's fused optimizers are told, in place of a pass over all gradients.
+        """
+        excess = self.grad_norm / self.grad_clip if self.grad_clip else torch.ones_like(self.grad_norm)
+        self.optimizer.grad_scale = excess.clamp(min=1.0)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)  # float16: times the scale of the loss
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)  # an evaluation or a save needs the memory, and the next step not yet
+        self.optimizer.zero_grad(
+            set_to_none=True
+        )  # an evaluation or a save needs the memory, and the next step not yet
 
     def applied(self) -> Tensor:
         """How often the weights have been changed, as the optimizer itself counts."""

@@ -132,7 +132,7 @@ def assert_continues(undisturbed: Run, attempts: list[Run], tolerance: float) ->
 
 
 def kill_until_done(launch: Launch, chance: random.Random, kills: int, longest_s: float) -> tuple[list[Run], int]:
-    """SIGKILL each attempt at a random moment, up to `longest_s` after it began to train, `kills` times; then let it be.
+    """SIGKILL each attempt at a random moment up to `longest_s` after it began to train, `kills` times; then let it be.
 
     Every attempt, and how many kills came while a checkpoint was being written.
     """

@@ -1,8 +1,8 @@
 """77.36 M parameters on FineWeb, put right for a 12 GB card: the same model and the same 512 samples in a step.
 
 The logits are computed in pieces, so micro-batch 16 fits and nothing has to be given up. 20,000 steps would be 10.5 B
-tokens, 15 times through one 0.7 B-token file; 3,000 steps are 1.57 B tokens, 20 for each parameter (Hoffmann et al. 2022),
-about two passes. Prepare three files or more and each text is seen once.
+tokens, 15 times through one 0.7 B-token file; 3,000 steps are 1.57 B tokens, 20 for each parameter (Hoffmann et al.
+2022), about two passes. Prepare three files or more and each text is seen once.
 """
 
 out_dir = "out/fineweb_12gb"

@@ -1,7 +1,7 @@
 """40.95 M parameters on FineWeb, put right: six heads of 64 instead of twelve of 32, which GPUs multiply faster.
 
 20,000 steps of 524,288 tokens are 10.5 B tokens, 2.55e18 FLOP without attention, 3.15e18 with it: 37 h at 40 % of a
-4070's 58.3 TFLOP/s. 1,600 steps are 0.84 B tokens, 20 for each parameter: about one pass through a 0.7 B-token file, 3 h.
+4070's 58.3 TFLOP/s. 1,600 steps are 0.84 B tokens, 20 for each parameter: about one pass through a file, 3 h.
 """
 
 out_dir = "out/fineweb_40m_12gb"
