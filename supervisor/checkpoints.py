@@ -1,17 +1,19 @@
 """Checkpoints: verified without torch, copied when the trainer rewrites its only one in place.
 
 A `torch.save` file is a zip; a torn one has no central directory, a damaged one fails its CRCs. nanoGPT's step is read
-from the pickle's opcodes, which executes nothing.
+from the pickle's opcodes, which executes nothing. A directory is what its manifest says (docs/checkpoint-format.md).
 """
 
 import fcntl
+import json
 import os
 import queue
 import re
 import threading
 import time
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -27,10 +29,14 @@ REST_S = 0.3
 MAX_PICKLE_BYTES = 64 << 20
 INTEGERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4")
 MEMO = ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT")
+NAME = re.compile(r"ckpt-(\d+)(?:\.pt)?")
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "gpusup checkpoint", 1
+PIECE_BYTES = 1 << 20
 
 
 class Checked(Struct, frozen=True, kw_only=True):
-    """A checkpoint file as found. `problem` is empty when it is whole."""
+    """A checkpoint, a file or a directory, as found. `problem` is empty when it is whole."""
 
     path: Path
     step: int | None = None
@@ -39,28 +45,87 @@ class Checked(Struct, frozen=True, kw_only=True):
 
 
 def check(path: Path) -> Checked:
-    """Read the whole file: zip directory, every CRC, and the step it was saved at."""
-    import zipfile  # not needed before there is a checkpoint
-
+    """Read all of it: every checksum, and the step it was saved at."""
     try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if damaged is not None:
-                return Checked(path=path, problem=f"{damaged} inside it is damaged")
-            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                return Checked(path=path, problem="its contents are missing")
-            step = _step_in_name(path)
-            return Checked(path=path, step=_step_in_pickle(archive) if step is None else step, bytes=size)
-    except FileNotFoundError:
-        return Checked(path=path, problem="it does not exist")
-    except Exception as error:  # whatever a damaged zip or pickle makes of its readers
+        return _check_directory(path) if path.is_dir() else _check_zip(path)
+    except FileNotFoundError as error:
+        missing = Path(error.filename or path)
+        return Checked(path=path, problem="it does not exist" if missing == path else f"its {missing.name} is missing")
+    except Exception as error:  # whatever damage makes of the readers of a zip, a pickle or a manifest
         return Checked(path=path, problem=f"it is torn or damaged ({error})")
 
 
+def newest(folder: Path) -> Path | None:
+    """The whole checkpoint of the latest step in `folder`; where none is whole, the latest, so that it can be told."""
+    named = [(int(match[1]), path) for path in folder.glob("ckpt-*") if (match := NAME.fullmatch(path.name))]
+    complete = [path for _, path in sorted(named, reverse=True) if path.is_file() or (path / MANIFEST).exists()]
+    return next((path for path in complete if not check(path).problem), complete[0] if complete else None)
+
+
+def _check_directory(path: Path) -> Checked:
+    content = (path / MANIFEST).read_bytes()
+    manifest = json.loads(content)
+    signed = content[: content.rindex(b'"crc32": ')]
+    if int(manifest["crc32"], 16) != zlib.crc32(signed):
+        return Checked(path=path, problem=f"{MANIFEST} inside it is damaged")
+    if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+        return Checked(
+            path=path, problem=f"it is of a format unknown here ({manifest['format']} {manifest['version']})"
+        )
+    total_bytes = 0
+    for name, expected in manifest["files"].items():
+        if (size_bytes := (path / name).stat().st_size) != expected["bytes"]:
+            return Checked(path=path, problem=f"{name} inside it has {size_bytes} bytes, not {expected['bytes']}")
+        if _crc32(path / name) != int(expected["crc32"], 16):
+            return Checked(path=path, problem=f"{name} inside it is damaged")
+        if name.endswith(".safetensors"):
+            _check_safetensors(path / name, size_bytes)
+        total_bytes += size_bytes
+    return Checked(path=path, step=int(manifest["step"]), bytes=total_bytes)
+
+
+def _crc32(path: Path) -> int:
+    found, piece = 0, memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            found = zlib.crc32(piece[:count], found)
+    return found
+
+
+def _check_safetensors(path: Path, size_bytes: int) -> None:
+    """Raise ValueError when the header's tensors are not what follows it, whoever wrote the manifest."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > size_bytes - 8:
+            raise ValueError(f"the header of {path.name} is longer than the file")
+        header: dict[str, Any] = json.loads(file.read(header_bytes))
+    spans = sorted(tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
+    end = 0
+    for begin, next_end in spans:
+        if begin != end or next_end < begin:
+            raise ValueError(f"the tensors of {path.name} overlap or leave gaps")
+        end = next_end
+    if 8 + header_bytes + end != size_bytes:
+        raise ValueError(f"the tensors of {path.name} do not fill it")
+
+
+def _check_zip(path: Path) -> Checked:
+    import zipfile  # not needed before there is a checkpoint
+
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged is not None:
+            return Checked(path=path, problem=f"{damaged} inside it is damaged")
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            return Checked(path=path, problem="its contents are missing")
+        step = _step_in_name(path)
+        return Checked(path=path, step=_step_in_pickle(archive) if step is None else step, bytes=size)
+
+
 def _step_in_name(path: Path) -> int | None:
-    match = re.fullmatch(r"ckpt-(\d+)\.pt", path.name)
-    return int(match[1]) if match else None
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match and path.suffix else None
 
 
 def _step_in_pickle(archive: "ZipFile") -> int | None:

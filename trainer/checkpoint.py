@@ -97,7 +97,7 @@ class Checkpointer:
         Raises SaveFailed when the one before could not be written, or this one could not be begun.
         """
         began_s = time.monotonic()
-        self._committed += self.wait()
+        self._settle()
         self._write = Write(self.directory / f"ckpt-{step:08d}", step, tensors, meta)
         self._began_s, self._stall_s = began_s, 0.0
         if not (self.asynchronous and self._start_thread(self._write)):
@@ -120,18 +120,23 @@ class Checkpointer:
 
     def wait(self) -> list[Saved]:
         """As `poll`, once nothing is in flight any more."""
-        write, self._write = self._write, None
-        if write is not None:
-            if self._thread is not None:
-                write.release()  # at this thread's priority
-                self._thread.join()
-                self._thread = None
-            if write.failure is not None:
-                raise _save_failed(write.path, write.failure) from write.failure
-            write_s = self._ended_s - self._began_s
-            self._committed.append(Saved(write.step, write.path, write.size_bytes, write_s, self._stall_s))
+        self._settle()
         committed, self._committed = self._committed, []
         return committed
+
+    def _settle(self) -> None:
+        """Wait for the one in flight. Raises SaveFailed."""
+        write, self._write = self._write, None
+        if write is None:
+            return
+        if self._thread is not None:
+            write.release()  # at this thread's priority
+            self._thread.join()
+            self._thread = None
+        if write.failure is not None:
+            raise _save_failed(write.path, write.failure) from write.failure
+        write_s = self._ended_s - self._began_s
+        self._committed.append(Saved(write.step, write.path, write.size_bytes, write_s, self._stall_s))
 
     def _start_thread(self, write: Write) -> bool:
         """False when there is no memory even for that."""

@@ -9,6 +9,7 @@ import ast
 import re
 from pathlib import Path
 
+from ..checkpoints import newest
 from ..core.events import CheckpointPlan, Origin
 from ..core.policy import ACCUMULATION, MICRO_BATCH, Settings
 from ..errors import UsageError
@@ -94,7 +95,7 @@ class Reference(NanoGpt):
                 can_save_on_request=True,
             ),
             device=_text(origins, "device"),
-            resumes_from=_resumed_file(command, origins) if _resumes(origins) else None,
+            resumes_from=_resumed_checkpoint(command, origins) if _resumes(origins) else None,
         )
 
     def argv(self, command: tuple[str, ...], args_from: int, changed: Settings, resume: str | None) -> tuple[str, ...]:
@@ -159,11 +160,12 @@ def _resumes(origins: Origins) -> bool:
     return _text(origins, "init_from") == "resume"
 
 
-def _resumed_file(command: Command, origins: Origins) -> str | None:
-    """What the reference trainer would load: the file it is given, else the newest of its folder."""
+def _resumed_checkpoint(command: Command, origins: Origins) -> str | None:
+    """What the reference trainer would load: the checkpoint it is given, else the newest whole one of its folder."""
     if named := _text(origins, "resume_from"):
         return str(Path(command.cwd) / named)
-    return max((str(path) for path in _place(command, origins).glob("ckpt-*.pt")), default=None)
+    found = newest(_place(command, origins))
+    return None if found is None else str(found)
 
 
 def _global_batch(settings: Settings) -> int | None:

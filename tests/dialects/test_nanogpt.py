@@ -360,3 +360,16 @@ def test_reference_trainer_is_read_and_resumed_from_a_file(tmp_path: Path) -> No
     argv = REFERENCE.argv(typed.argv, typed.args_from, {"batch_size": 6}, "/c/ckpt-7.pt")
     assert argv[-3:] == ("--batch_size=6", "--init_from=resume", "--resume_from=/c/ckpt-7.pt")
     assert REFERENCE.with_cadence(typed.argv, typed.args_from, 5)[-1] == "--checkpoint_interval=5"
+
+
+def test_reference_trainer_resumes_from_the_newest_checkpoint_with_a_manifest(tmp_path: Path) -> None:
+    typed = parse_command((f"{ROOT}/trainer/train.py", "--init_from=resume"), str(tmp_path), sys.executable)
+    assert REFERENCE.read(typed).resumes_from is None
+    for step in (20, 30):
+        (tmp_path / "out" / f"ckpt-{step:08d}").mkdir(parents=True)
+        (tmp_path / "out" / f"ckpt-{step:08d}" / "state.safetensors").touch()
+    assert REFERENCE.read(typed).resumes_from is None, "without a manifest it is no checkpoint"
+    (tmp_path / "out" / "ckpt-00000020" / "manifest.json").touch()
+    assert REFERENCE.read(typed).resumes_from == str(tmp_path / "out" / "ckpt-00000020")
+    named = parse_command((*typed.argv, "--resume_from=out/ckpt-7"), str(tmp_path))
+    assert REFERENCE.read(named).resumes_from == str(tmp_path / "out" / "ckpt-7")

@@ -1,6 +1,7 @@
 """Checkpoints are verified without torch, copied when they are rewritten in place, and never lost."""
 
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -8,10 +9,11 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
-from gpusup.supervisor.checkpoints import COPIES_KEPT, Checked, Keeper, check, place_for_resume
+from gpusup.supervisor.checkpoints import COPIES_KEPT, Checked, Keeper, check, newest, place_for_resume
 
 TIMEOUT_S = 30.0
 
@@ -102,6 +104,95 @@ def test_checking_executes_nothing_of_the_pickle(tmp_path: Path) -> None:
         archive.writestr("ckpt/data.pkl", pickle.dumps({"bomb": Bomb(), "iter_num": 7}, protocol=2))
     assert check(path).step == 7
     assert not (tmp_path / "executed").exists()
+
+
+# --- verifying directories --------------------------------------------------------------------------------------------
+
+
+def save_directory(path: Path, step: int, values: int = 50, header: dict[str, object] | None = None) -> Path:
+    """A checkpoint as docs/checkpoint-format.md has it, made without torch."""
+    path.mkdir()
+    data = bytes(i * step % 251 for i in range(4 * values))
+    entry = {"dtype": "F32", "shape": [values], "data_offsets": [0, 4 * values]}
+    text = json.dumps(header or {"__metadata__": {"made": "by hand"}, "model.weight": entry}).encode()
+    state = len(text).to_bytes(8, "little") + text + data
+    (path / "state.safetensors").write_bytes(state)
+    files = {"state.safetensors": {"bytes": len(state), "crc32": f"{zlib.crc32(state):08x}"}}
+    sign(path, {"format": "gpusup checkpoint", "version": 1, "step": step, "files": files, "meta": {"crc32": "x"}})
+    return path
+
+
+def sign(path: Path, manifest: dict[str, object]) -> None:
+    signed = (json.dumps(manifest, indent=1)[:-2] + ",\n").encode()
+    (path / "manifest.json").write_bytes(signed + f'"crc32": "{zlib.crc32(signed):08x}"}}\n'.encode())
+
+
+def test_whole_directory_is_whole_and_its_step_is_the_manifests(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "any-name", 250)
+    size = (path / "state.safetensors").stat().st_size
+    assert check(path) == Checked(path=path, step=250, bytes=size)
+
+
+def test_directory_without_its_manifest_or_its_state_is_a_problem(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "ckpt-00000010", 10)
+    (path / "state.safetensors").rename(tmp_path / "state")
+    assert check(path).problem == "its state.safetensors is missing"
+    (tmp_path / "state").rename(path / "state.safetensors")
+    assert check(path).problem == ""
+    (path / "manifest.json").unlink()
+    assert check(path).problem == "its manifest.json is missing"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.safetensors"])
+def test_directory_torn_or_flipped_at_any_byte_is_found(tmp_path: Path, name: str) -> None:
+    path = save_directory(tmp_path / "ckpt-00000250", 250)
+    file = path / name
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        if (name, at) != ("manifest.json", len(whole) - 1):  # its last line break
+            file.write_bytes(whole[:at])
+            assert check(path).problem, f"torn at byte {at}"
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+        assert check(path).problem or check(path).step == 250, f"byte {at}"
+        if name == "state.safetensors":
+            assert check(path).problem == "state.safetensors inside it is damaged"
+
+
+def test_state_whose_tensors_are_not_what_follows_its_header_is_a_problem(tmp_path: Path) -> None:
+    whole = {"dtype": "F32", "shape": [50], "data_offsets": [0, 200]}
+    short, gap = {**whole, "data_offsets": [0, 196]}, {**whole, "data_offsets": [4, 200]}
+    for number, (entry, told) in enumerate(((short, "do not fill it"), (gap, "leave gaps"), ({}, "data_offsets"))):
+        path = save_directory(tmp_path / f"ckpt-{number:08d}", 5, header={"model.weight": entry})
+        assert told in check(path).problem
+
+
+def test_directory_of_another_format_is_named(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "ckpt-00000010", 10)
+    sign(path, {"format": "gpusup checkpoint", "version": 9, "step": 10, "files": {}})
+    assert check(path).problem == "it is of a format unknown here (gpusup checkpoint 9)"
+
+
+def test_newest_whole_checkpoint_is_found_among_damaged_and_unfinished_ones(tmp_path: Path) -> None:
+    assert newest(tmp_path / "missing") is None
+    for step in (90, 100, 110):
+        save_directory(tmp_path / f"ckpt-{step:08d}", step)
+    (tmp_path / "ckpt-00000120.partial").mkdir()
+    save_directory(tmp_path / "ckpt-00000130", 130)
+    (tmp_path / "ckpt-00000130" / "manifest.json").unlink()
+    assert newest(tmp_path) == tmp_path / "ckpt-00000110"
+    (tmp_path / "ckpt-00000110" / "state.safetensors").write_bytes(b"torn")
+    assert newest(tmp_path) == tmp_path / "ckpt-00000100"
+    save(tmp_path / "ckpt-100000000.pt", 100000000)
+    assert newest(tmp_path) == tmp_path / "ckpt-100000000.pt", "by number, whatever it is made of"
+
+
+def test_newest_of_damaged_ones_is_the_last_so_that_it_can_be_told(tmp_path: Path) -> None:
+    for step in (90, 100):
+        (save_directory(tmp_path / f"ckpt-{step:08d}", step) / "state.safetensors").write_bytes(b"torn")
+    assert newest(tmp_path) == tmp_path / "ckpt-00000100"
+
+
+# --- the step of nanoGPT's files --------------------------------------------------------------------------------------
 
 
 STEPS = (0, 1, 255, 256, 65535, 65536, 600000, 2**31)
