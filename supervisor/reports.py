@@ -106,13 +106,13 @@ class Reports:
                 pass
 
     def _start(self, report: dict[str, Any]) -> Iterator[AnyEvent]:
-        self.begun, version = True, report.get("protocol", PROTOCOL)
+        self.begun, version = True, report.get("protocol") or PROTOCOL
         self._understood = version == PROTOCOL
         if not self._understood:
             theirs = f"the trainer reports in version {str(version)[:20]} of the protocol"
             yield from self._once("protocol", f"{theirs}, and gpusup reads version {PROTOCOL}: it is only watched")
             return
-        settings = report.get("settings", {})
+        settings = report.get("settings") or {}
         yield TrainerReported(
             attempt=self._n,
             step=int(report["step"]),

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-_TEXT = (Path(__file__).parents[1] / "docs" / "trainer-protocol.md").read_text()
+DOCUMENT = Path(__file__).parents[1] / "docs" / "trainer-protocol.md"
+_TEXT = DOCUMENT.read_text()
 _TYPES: dict[str, tuple[type, ...]] = {
     "text": (str, type(None)),
     "integer": (int, type(None)),

@@ -102,6 +102,11 @@ def test_reports_in_another_version_are_said_to_be_unread_and_are_not_read(repor
     assert (reports.step, reports.begun) == (0, True)
 
 
+def test_null_is_the_same_as_absent(reports: Reports) -> None:
+    nothing = dict.fromkeys(KINDS["start"][1] | {"can_save"})
+    assert read(reports, "start", step=0, **nothing) == [TrainerReported(attempt=1, step=0)]
+
+
 def test_start_without_a_version_is_the_first_one(reports: Reports) -> None:
     assert [type(event) for event in read(reports, "start", step=0)] == [TrainerReported]
 

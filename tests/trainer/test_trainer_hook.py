@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from gpusup.trainer import hook as hook_module
-from gpusup.trainer.hook import PROTOCOL, Hook, is_out_of_memory
+from gpusup.trainer.hook import EXIT_OOM_SAVED, PROTOCOL, Hook, is_out_of_memory
 from gpusup.trainer.report import Reporter
-from protocol_doc import FIELD_TYPES, KINDS
+from protocol_doc import DOCUMENT, FIELD_TYPES, KINDS
 
 HOOK = Path(hook_module.__file__)
 
@@ -206,6 +207,16 @@ def test_value_of_any_type_makes_a_line(tmp_path: Path) -> None:
     assert start["settings"] == {"a": None, "b": [1, {"c": None}], "d": True}
 
 
+def test_start_outside_the_main_thread_cannot_save_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    hook = Hook(path)
+    thread = threading.Thread(target=lambda: hook.start(can_save=True))
+    thread.start()
+    thread.join()
+    assert written(path)[0]["can_save"] is False
+    assert not hook.save_requested
+
+
 def test_lines_of_many_threads_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "events"
     hook = Hook(path)
@@ -252,6 +263,36 @@ def test_exception_that_ends_the_process_is_reported_once_and_a_deliberate_exit_
 
 
 # --- alone ------------------------------------------------------------------------------------------------------------
+
+EXAMPLE = """
+import sys, time
+step, batch_size = 0, 8
+
+def train_one_step():
+    if step == 4:
+        bytearray(1 << 60)
+    return 1.5, 0.1
+
+def save(step):
+    return f"ckpt-{step}"
+
+"""
+
+
+def test_example_of_the_document_leaves_with_75_and_nothing_lost(tmp_path: Path) -> None:
+    """The fifth step is refused its memory by Python itself."""
+    [code] = re.findall(r"```python\n# with hook.py\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    shutil.copy(HOOK, tmp_path)
+    (tmp_path / "train.py").write_text(EXAMPLE + code)
+    environment = {**os.environ, "GPUSUP_EVENTS": str(tmp_path / "events")}
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, timeout=60)
+    assert done.returncode == EXIT_OOM_SAVED == 75
+    events = written(tmp_path / "events")
+    assert [(event["kind"], event["step"]) for event in events] == [
+        ("start", 0), *(("step", n) for n in range(1, 5)), ("failed", 4), ("checkpoint", 4),
+    ]  # fmt: skip
+    assert (events[-2]["oom"], events[-1]["path"]) == (True, "ckpt-4")
+
 
 ALONE = """
 import os, signal, sys, time
