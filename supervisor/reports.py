@@ -80,10 +80,10 @@ class Reports:
             case "step":
                 yield from self._stepped(report)
             case "peak":
-                self.tells_peaks = True
                 where = "device" if report.get("where") == "cuda" else "host"
                 size, length = int(report["bytes"]), report.get("block_size")
                 phase = str(report["phase"])
+                self.tells_peaks = True
                 yield PeakMeasured(attempt=self._n, phase=phase, bytes=size, block_size=length, where=where)
             case "checkpoint":
                 yield from self._saved(report)
@@ -106,13 +106,13 @@ class Reports:
                 pass
 
     def _start(self, report: dict[str, Any]) -> Iterator[AnyEvent]:
-        self.begun, version = True, report.get("protocol", PROTOCOL)
+        self.begun, version = True, report.get("protocol") or PROTOCOL
         self._understood = version == PROTOCOL
         if not self._understood:
             theirs = f"the trainer reports in version {str(version)[:20]} of the protocol"
             yield from self._once("protocol", f"{theirs}, and gpusup reads version {PROTOCOL}: it is only watched")
             return
-        settings = report.get("settings", {})
+        settings = report.get("settings") or {}
         yield TrainerReported(
             attempt=self._n,
             step=int(report["step"]),
@@ -153,9 +153,9 @@ class Reports:
     def _failed(self, report: dict[str, Any]) -> None:
         """Of several ranks' failures the one for memory counts: the others lost a peer."""
         step = _count(report["step"])
-        self._reached(step)
         fields = {name: report.get(name) for name in ("phase", "block_size", "type", "message", "rank")}
-        failure = msgspec.convert({**fields, "step": step, "oom": report.get("oom", False)}, TrainerFailure)
+        failure = msgspec.convert({**fields, "step": step, "oom": report.get("oom") or False}, TrainerFailure)
+        self._reached(step)
         if self.failure is None or failure.oom or not self.failure.oom or self._went_on(self.failure, step):
             self.failure = failure
         self._peaked(report.get("peak_bytes"))

@@ -136,7 +136,10 @@ class Hook:
         if not self.supervised:
             return
         if can_save:
-            self._stop = StopRequest()
+            try:
+                self._stop = StopRequest()
+            except ValueError:  # only the main thread may listen for signals
+                can_save = False
         self._step, self._target_steps = step, target_steps
         batch = {} if global_batch_size is None else {"global_batch_size": global_batch_size}
         target = {} if target_steps is None else {"target_steps": target_steps}

@@ -338,10 +338,11 @@ def _from_failure(
     if kind is DiagnosisKind.HOST_OOM_SUSPECTED and evidence.host_oom_kills > 0:
         kind, strength = DiagnosisKind.HOST_OOM, "hard"
     rank = best.line.rank if best is not None else None
+    raised = best.line.raised if best is not None else None
     return Diagnosis(
         kind=kind,
         is_oom="yes" if strength == "hard" else "suspected",
-        phase=failure.phase,
+        phase=failure.phase or (infer_phase(raised.frames) if raised is not None else None),
         rank=rank if failure.rank is None else failure.rank,
         numbers=numbers,
         message=squeeze(clean_line(f"{failure.type}: {failure.message}".replace("\n", " ")))[:500],

@@ -17,6 +17,7 @@ from gpusup.supervisor.core.diagnosis import (
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 MIB, GIB = 1024**2, 1024**3
 FAILED, SUCCEEDED, UNSEEN, KILLED = ExitStatus(code=1), ExitStatus(code=0), ExitStatus(), ExitStatus(signal=9)
@@ -775,6 +776,30 @@ def test_a_reported_error_is_not_overruled_by_text() -> None:
 
 def test_the_numbers_are_taken_from_the_text_when_the_report_has_none() -> None:
     assert said(*trace(OOM), failure=failure("OutOfMemoryError", "")).numbers == FULL
+
+
+def test_the_trainers_word_that_memory_was_refused_needs_no_known_wording() -> None:
+    """Whose memory: as the wording says, else of where it trains."""
+    own = TrainerFailure(type="AllocError", message="no room", oom=True, rank=3)
+    found = said(failure=own)
+    assert (found.kind, found.is_oom, found.rank, found.phase) == (D, "yes", 3, None)
+    assert said(failure=own, trains_on="host").kind is H
+    assert said(failure=replace(own, message="DefaultCPUAllocator: can't allocate memory")).kind is H
+    vague = replace(own, message="CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert said(failure=vague, trains_on="host").is_oom == "yes"
+    assert said(failure=replace(vague, oom=False)).is_oom == "suspected"
+    assert said(failure=own, exit=SUCCEEDED).is_oom == "no"
+
+
+def test_cublas_that_could_not_start_after_a_failed_assertion_is_no_oom_whatever_the_trainer_says() -> None:
+    late = TrainerFailure(type="RuntimeError", message="CUDA error: CUBLAS_STATUS_ALLOC_FAILED", oom=True)
+    asserted = "/pytorch/aten/src/ATen/native/cuda/Indexing.cu:1: block: [0,0,0] Assertion `index < size` failed."
+    assert said(asserted, failure=late).is_oom == "no"
+
+
+def test_phase_that_the_report_lacks_is_read_from_the_traceback() -> None:
+    lines = trace(OOM, ("train.py", "<module>", "loss = model(x)"), CALL, FORWARD)
+    assert said(*lines, failure=TrainerFailure(type="OutOfMemoryError", message="", oom=True)).phase == "forward"
 
 
 # --- phases -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The post-mortem: what was lost, why, and what to start with next time."""
 
 import msgspec
-from gpusup.supervisor.core.events import MemoryWaited, Progress, SupervisorStarted
+from gpusup.supervisor.core.events import CheckpointSaved, MemoryWaited, Note, Progress, SupervisorStarted
 from gpusup.supervisor.core.policy import Restore
 from gpusup.supervisor.core.run_log import RunLog, argv_changes, next_time, run_log, why
 from gpusup.supervisor.core.unfold import unfold
@@ -28,6 +28,31 @@ def test_steps_done_again_are_lost_steps() -> None:
     assert log_of(run).run.lost_steps == 12, "41 to 47, and 41 to 45 once more"
     run.oom()
     assert log_of(run).run.lost_steps == 12, "it failed at once, so nothing more was lost"
+
+
+def test_step_that_the_trainer_saved_before_it_left_is_not_lost() -> None:
+    """Down the ladder, and back from a probation that did not fit."""
+    run = Life(
+        created(policy(COMPILE_OFF, SMALLER, restore=Restore(after_steps=10, order=("compile",), retry_failed=True)))
+    )
+    run.steps(30)
+    run.tell(CheckpointSaved(attempt=run.n, step=31, path="/out/31", emergency=True))
+    run.oom()
+    assert (run.attempt.resume_step, run.attempt.settings["compile"]) == (31, False)
+    run.restores(41)
+    run.steps(45)
+    run.tell(CheckpointSaved(attempt=run.n, step=45, path="/out/45", emergency=True))
+    run.oom()
+    assert (run.attempt.resume_step, run.attempt.settings["compile"]) == (45, False)
+    assert log_of(run).run.lost_steps == 0
+
+
+def test_what_is_told_once_in_an_attempt_is_known_to_whoever_takes_it_over() -> None:
+    run = life(SMALLER)
+    run.tell(Note(text="low", attempt=1, topic="alloc_retries"), Note(text="for a person"))
+    assert run.attempt.told == {"alloc_retries"}
+    run.oom()
+    assert run.attempt.told == frozenset()
 
 
 def test_everything_is_lost_without_a_checkpoint() -> None:

@@ -30,6 +30,7 @@ from gpusup.supervisor.dialects.detect import DIALECTS
 from gpusup.supervisor.process import Ended, TrainerProcess
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from protocol_doc import FIELD_TYPES, KINDS
 
 RUN = RunCreated(
     run_id="r",
@@ -178,6 +179,43 @@ def test_reported_failure_tells_phase_step_and_length(watched: Watched) -> None:
     assert (oom.phase, oom.step, oom.block_size) == ("backward", 9, 128)
 
 
+def test_reported_oom_is_an_incident_though_no_text_says_so(watched: Watched) -> None:
+    """In a language of its own, with nothing on stderr."""
+    watched.report(kind="failed", step=9, type="AllocError", message="no room", oom=True, phase="backward")
+    [oom] = of_kind(watched.concluded(Ended(exit=ExitStatus(code=75))), OomDetected)
+    assert (oom.diagnosis, oom.step, oom.phase) == ("host_oom", 9, "backward")
+
+
+def test_status_75_without_a_report_is_no_incident(watched: Watched) -> None:
+    watched.report(kind="step", step=9, loss=1.0, dt_s=0.1)
+    assert of_kind(watched.concluded(Ended(exit=ExitStatus(code=75))), OomDetected) == []
+
+
+def test_reported_oom_of_a_process_that_succeeded_is_no_incident(watched: Watched) -> None:
+    watched.report(kind="failed", step=9, type="E", message="m", oom=True)
+    assert of_kind(watched.concluded(Ended(exit=ExitStatus(code=0))), OomDetected) == []
+
+
+def test_checkpoint_after_a_reported_oom_is_an_emergency_and_no_step_is_lost(watched: Watched) -> None:
+    watched.report(kind="checkpoint", step=5, path="ckpt-5")
+    watched.report(kind="failed", step=9, type="E", message="m", oom=True)
+    watched.report(kind="checkpoint", step=9, path="ckpt-9")
+    events = watched.concluded(Ended(exit=ExitStatus(code=75)))
+    assert [(e.step, e.emergency) for e in of_kind(events, CheckpointSaved)] == [(5, False), (9, True)]
+    assert of_kind(events, AttemptEnded)[0].step == 9
+
+
+def test_peak_of_a_trainer_that_tells_steps_but_no_phases_is_taken_from_its_steps(watched: Watched) -> None:
+    watched.report(kind="start", step=0)
+    watched.report(kind="step", step=1, peak_bytes=900)
+    assert of_kind(watched.observed(interesting=1), PeakMeasured) == [], "the first step may not have it all yet"
+    watched.report(kind="step", step=2, peak_bytes=800)
+    assert [p.bytes for p in of_kind(watched.observed(interesting=2), PeakMeasured)] == [900]
+    watched.report(kind="phase", step=2, phase="train")
+    watched.report(kind="step", step=3, peak_bytes=1000)
+    assert of_kind(watched.observed(interesting=3), PeakMeasured) == [], "it tells its phases' peaks itself"
+
+
 def test_half_a_report_waits_for_its_other_half(watched: Watched) -> None:
     watched.append("events.jsonl", '{"kind":"unavailable","knob":"com')
     assert watched.observed() == []
@@ -190,15 +228,12 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-FIELDS = (
-    *("step", "target_steps", "can_save", "global_batch_size", "settings", "loss", "dt_s", "block_size", "phase"),
-    *("bytes", "where", "path", "knob", "reason", "type", "message", "peak_bytes", "in_use_bytes"),
-)
-KINDS = ("start", "step", "peak", "checkpoint", "unavailable", "failed", "stopped", "done", "eval", "phase", "new")
+FIELDS = sorted(FIELD_TYPES)
+KINDS_AND_NEW = (*KINDS, "new")
 VALID = {"step": 3, "loss": 1.0, "dt_s": 1.0, "phase": "train", "bytes": 5, "path": "p", "knob": "k", "reason": "r"}
 REPORTS = st.builds(
     lambda kind, strange: {"kind": kind, **VALID, "type": "RuntimeError", "message": ALLOCATOR, **strange},
-    st.sampled_from(KINDS),
+    st.sampled_from(KINDS_AND_NEW),
     st.dictionaries(st.sampled_from(FIELDS), ANYTHING, min_size=1, max_size=2),
 )
 
