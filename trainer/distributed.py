@@ -75,10 +75,11 @@ class World:
             dist.broadcast(tensor, 0)
 
     def leave(self) -> None:
-        """End the communication, when all is done."""
+        """When all is done: end the communication, once everybody is here."""
         if self.size > 1:
             import torch.distributed as dist
 
+            dist.barrier()
             dist.destroy_process_group()
 
 
