@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpusup.trainer.checkpoint import Checkpointer, rng_meta, rng_tensors
+from gpusup.trainer.checkpoint import Checkpointer, rng_meta, rng_tensors, training_tensors
 from gpusup.trainer.model import GPT, Shape
 
 ROWS, TOKENS = 12, 256
@@ -41,12 +41,6 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        found = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
-            found |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return found
-
 
 class TorchSave:
     """The way most training loops do it."""
@@ -69,7 +63,8 @@ class Ours:
         self.durable_s: list[float] = []
 
     def save(self, training: Training, step: int) -> None:
-        self.checkpointer.save(step, {**training.tensors(), **rng_tensors(torch.device("cpu"))}, rng_meta())
+        tensors = training_tensors(training.model, training.optimizer)
+        self.checkpointer.save(step, {**tensors, **rng_tensors(torch.device("cpu"))}, {"rng": rng_meta()})
 
     def before_update(self) -> None:
         begin_s = time.perf_counter()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import safetensors_file
 from .checkpoint_writer import MANIFEST, STACK_BYTES, STATE, VERSION, Write, discard, discard_if_dead
@@ -115,12 +115,15 @@ class Checkpointer:
     def poll(self) -> list[Saved]:
         """The checkpoints committed since this or `wait` was last called. Raises SaveFailed when one was not."""
         if self._thread is None or not self._thread.is_alive():
-            return self.wait()
-        return []
+            self._settle()
+        return self._told()
 
     def wait(self) -> list[Saved]:
         """As `poll`, once nothing is in flight any more."""
         self._settle()
+        return self._told()
+
+    def _told(self) -> list[Saved]:
         committed, self._committed = self._committed, []
         return committed
 
@@ -222,6 +225,26 @@ def stored(directory: Path) -> list[tuple[int, Path]]:
         return []
     matches = [(NAME.fullmatch(path.name), path) for path in directory.iterdir() if (path / MANIFEST).is_file()]
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer step changes, to save: `model.NAME` and `optimizer.NAME.exp_avg`, ... for each parameter."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{name}"] = parameter
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+@torch.no_grad()
+def restore_training(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `training_tensors` gave, in place, so that resuming needs no more memory than starting.
+
+    Optimizer state that is missing is left as it is. Raises KeyError when a parameter is missing.
+    """
+    for name, own in training_tensors(model, optimizer).items():
+        if name.startswith("model.") or name in tensors:
+            own.copy_(tensors[name])
 
 
 def rng_tensors(device: torch.device) -> dict[str, Tensor]:
