@@ -146,7 +146,8 @@ class Reports:
         self._reached(step)
         if step > self._saved_step:
             self._saved_step = step
-            emergency = self.failure is not None and self.failure.oom
+            failure = self.failure
+            emergency = failure is not None and failure.oom and step >= (failure.step or 0)
             size = _count(report.get("bytes"))
             yield CheckpointSaved(attempt=self._n, step=step, path=str(path), bytes=size, emergency=emergency)
 

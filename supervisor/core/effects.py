@@ -61,7 +61,7 @@ def _known(attempt: Attempt) -> dict[tuple[str, int | None], tuple[int, bool]]:
     known = {(peak.phase, peak.block_size): (peak.bytes, False) for peak in attempt.peaks}
     oom = attempt.oom
     if oom is not None and oom.at_least_bytes is not None:
-        phase = "train" if oom.phase in (None, "forward", "backward", "clipping", "optimizer", "compile") else oom.phase
+        phase = "train" if oom.phase in (None, "forward", "backward", "clip", "optimizer", "compile") else oom.phase
         own = attempt.settings.get("block_size")
         lengths = (oom.block_size, attempt.block_size, own if isinstance(own, int) else None)
         block_size = next((length for length in lengths if length is not None), None)

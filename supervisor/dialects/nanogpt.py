@@ -75,7 +75,7 @@ class NanoGpt:
 
 
 class Reference(NanoGpt):
-    """gpusup's own trainer. It reports itself (docs/cooperation.md), so no line of its output needs to be read."""
+    """gpusup's own trainer. It reports itself (docs/trainer-protocol.md): no line of its output is read."""
 
     name = "reference"
     rewrites_in_place = False

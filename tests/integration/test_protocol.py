@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,29 @@ def test_example_of_the_document_saves_when_asked_and_ends_by_the_signal(gpusup:
 def test_example_of_the_document_has_ten_lines_about_the_protocol(language: str) -> None:
     lines = re.findall(r"^.*(?:tell|GPUSUP_|TERM\b|asked = ).*$", example(language), re.MULTILINE)
     assert 6 <= len(lines) <= 10
+
+
+# --- the reference trainer --------------------------------------------------------------------------------------------
+
+
+def test_reference_trainer_that_runs_out_of_memory_is_resumed_smaller_and_loses_nothing(gpusup: Gpusup) -> None:
+    """The context doubles after step 4, and no regular checkpoint has been made by then."""
+    data = gpusup.folder / "data"
+    data.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (data / name).write_bytes(array("H", range(200)).tobytes() * 500)
+    model = ("--n_layer=1", "--n_head=1", "--n_embd=16", "--vocab_size=32768", "--loss_chunks=1", "--dtype=float32")
+    length = ("--block_size=64", "--block_size_start=32", "--block_size_warmup_iters=4", "--max_iters=6")
+    batch = ("--batch_size=24", "--gradient_accumulation_steps=1", "--eval_interval=0", "--checkpoint_interval=1000")
+    machine = ("--device=cpu", "--compile=False", "--threads=1", f"--data_dir={data}", f"--out_dir={data / 'out'}")
+    command = (str(ROOT / "trainer" / "train.py"), *model, *length, *batch, *machine)
+    done = gpusup("run", gpusup.policy(LADDER), "--memory-budget", "470MB", "--", *command)
+    log = gpusup.log()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [attempt["exit"]["code"] for attempt in log["attempts"]] == [75, 0]
+    assert [attempt["settings"]["batch_size"] for attempt in log["attempts"]] == [24, 12]
+    assert (log["run"]["steps"], log["run"]["lost_steps"]) == (6, 0)
+    assert [(event["step"], event["emergency"]) for event in of_kind(log, "checkpoint")] == [(4, True), (6, False)]
+    [oom] = of_kind(log, "oom")
+    assert (oom["step"], oom["block_size"]) == (4, 64)
+    assert "the trainer saved at step 4 before it left" in done.stderr

@@ -182,6 +182,12 @@ def test_failure_after_which_steps_go_on_was_caught(reports: Reports) -> None:
     assert not saved.emergency
 
 
+def test_regular_checkpoint_that_becomes_durable_after_an_oom_is_no_emergency(reports: Reports) -> None:
+    refused(reports, 6)
+    saved = [event for step in (5, 6) for event in read(reports, "checkpoint", step=step, path="x")]
+    assert [(e.step, e.emergency) for e in saved if isinstance(e, CheckpointSaved)] == [(5, False), (6, True)]
+
+
 def test_other_failure_much_later_takes_the_place_of_a_caught_one(reports: Reports) -> None:
     refused(reports, 6)
     read(reports, "failed", step=90, type="ValueError", message="bad sample", oom=False)
