@@ -93,13 +93,14 @@ def open_device(name: str) -> torch.device:
 
 
 def spare_dynamo() -> None:
-    """Keep an optimizer and checkpointed blocks from importing the compiler: a second and 70 MB for nothing, uncompiled.
+    """Keep the optimizer and checkpointed blocks from importing the compiler where nothing is compiled.
 
-    These functions are excluded from compilation by a wrapper that imports it at their first call, to remember what it
-    then calls under the name set here. Where PyTorch does this in another way, nothing happens.
+    A second and 70 MB: these functions are excluded from compilation by a wrapper that imports it at the first call, to
+    remember what it then calls instead under the name set here. In a PyTorch that does it otherwise this does nothing.
     """
     optimizer = torch.optim.Optimizer
-    for function in (optimizer.add_param_group, optimizer.zero_grad, optimizer.load_state_dict, optimizer.state_dict, checkpoint):
+    methods = (optimizer.add_param_group, optimizer.zero_grad, optimizer.state_dict, optimizer.load_state_dict)
+    for function in (*methods, checkpoint):
         if plain := getattr(function, "__wrapped__", None):
             plain.__dict__.setdefault("__dynamo_disable", plain)
 

@@ -94,7 +94,7 @@ class GPT(nn.Module):
         """Compile the blocks and the loss, not all in one: the graph of a block serves every layer."""
         for block in self.blocks:
             block.compile(**options)
-        self.loss.compile()
+        self.loss.compile(**options)
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Token ids (rows, tokens) -> what the output head sees (rows, tokens, n_embd)."""
