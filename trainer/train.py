@@ -30,6 +30,7 @@ from .data import Tokens
 from .errors import TrainerError
 from .forward import DTYPES, Forward, loss_scaler, missing_for_compile, open_device, spare_dynamo
 from .model import GPT, Shape
+from .optimizer import AdamW
 from .report import Reporter
 from .stop import StopRequest
 
@@ -164,7 +165,7 @@ class Trainer:
             loss_chunks=loss_chunks,
             activation_checkpointing=activation_checkpointing,
         )
-        self.optimizer = make_optimizer(self.model)
+        self.optimizer = AdamW(self.model.decay_groups(weight_decay), learning_rate, (beta1, beta2))
         self.scaler = loss_scaler(self.device, dtype)
         self.forward = Forward(self.model, self.device, dtype, self.compiled, report, activation_memory_budget)
         self.progress = Progress()
@@ -371,18 +372,6 @@ class Trainer:
             before = saved["train_tokens"] if name == "train_tokens" else saved["config"][name]
             if before != value:
                 say(f"note: {name} was {before} and is now {value}: this run does not continue {path} exactly")
-
-
-def make_optimizer(model: GPT) -> torch.optim.AdamW:
-    """AdamW with its state allocated now, so that the first step needs no more memory than the others."""
-    optimizer = torch.optim.AdamW(model.decay_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
-    return optimizer
 
 
 def is_due(interval: int, step: int) -> bool:

@@ -5,12 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from gpusup.trainer.allocator import use_expandable_segments
 from gpusup.trainer.model import GPT, Shape
+from gpusup.trainer.optimizer import AdamW
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from trainer_runs import ENVIRONMENT, TINY, Launch
@@ -128,6 +130,34 @@ def test_compiled_equals_eager_and_has_one_graph_for_all_layers(checkpointing: b
     # A block forward and backward, and the chunk of the loss.
     assert len(graphs) == 3
     assert list(model.state_dict()) == list(eager.state_dict())
+
+
+def trained(
+    optimizer_class: Callable[..., torch.optim.Optimizer], **options: object
+) -> tuple[list[Tensor], list[float]]:
+    """The parameters after five steps under a loss scaler, one of which overflows, and the scales it went through."""
+    model = GPT.new(SHAPE, 0.0, CPU, seed=1)
+    optimizer = optimizer_class(model.decay_groups(0.1), lr=1e-2, betas=(0.9, 0.95), **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scales = []
+    for step in range(5):
+        loss = model(*batch(4, 24)) * (float("inf") if step == 2 else 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return [parameter.detach() for parameter in model.parameters()], scales
+
+
+def test_optimizer_is_pytorch_s_bit_for_bit() -> None:
+    ours, scales = trained(AdamW)
+    theirs, same_scales = trained(torch.optim.AdamW, fused=True)
+    assert scales == same_scales == [4.0, 4.0, 2.0, 2.0, 2.0]
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
 
 
 def test_compiler_is_not_imported_when_nothing_is_compiled(tmp_path: Path, tokens: Path) -> None:
