@@ -69,8 +69,9 @@ def run_case(case: Case, device_name: str, steps: int, budget_gib: float) -> dic
     from trainer.distributed import World
     from trainer.forward import Forward, loss_scaler, open_device
     from trainer.model import GPT, Shape
+    from trainer.optimizer import AdamW
     from trainer.report import Reporter
-    from trainer.update import Update, make_optimizer
+    from trainer.update import Update
 
     device = open_device(device_name)
     on_gpu = device.type == "cuda"
@@ -81,7 +82,7 @@ def run_case(case: Case, device_name: str, steps: int, budget_gib: float) -> dic
         n_layer=LAYERS, n_head=HEADS, n_embd=case.width, block_size=case.context, vocab_size=VOCABULARY, bias=False
     )
     model = GPT.new(shape, 0.0, device, seed=1, loss_chunks=case.loss_chunks)
-    optimizer = make_optimizer(model, 6e-4, (0.9, 0.95), 0.1)
+    optimizer = AdamW(model.decay_groups(0.1), 6e-4, (0.9, 0.95))
     scaler = loss_scaler(device, case.dtype)
     update = Update(optimizer, scaler, 1.0, World(device=device))
     forward = Forward(model, device, case.dtype, case.compiled, Reporter(None))

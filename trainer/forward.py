@@ -10,7 +10,6 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .errors import TrainerError
 from .model import GPT
@@ -93,19 +92,13 @@ def open_device(name: str) -> torch.device:
 
 
 def spare_dynamo() -> None:
-    """Keep an optimizer and checkpointed blocks from importing the compiler: a second and 70 MB for nothing, uncompiled.
+    """Keep the optimizer from importing the compiler where nothing is compiled: a second, and 70 MB.
 
-    These functions are excluded from compilation by a wrapper that imports it at their first call, to remember what it
-    then calls under the name set here. Where PyTorch does this in another way, nothing happens.
+    These methods are excluded from compilation by a wrapper that imports it at the first call, and remembers what it
+    then calls instead under the name set here. In a PyTorch that does it otherwise this does nothing.
     """
     optimizer = torch.optim.Optimizer
-    for function in (
-        optimizer.add_param_group,
-        optimizer.zero_grad,
-        optimizer.load_state_dict,
-        optimizer.state_dict,
-        checkpoint,
-    ):
+    for function in (optimizer.add_param_group, optimizer.zero_grad, optimizer.state_dict, optimizer.load_state_dict):
         if plain := getattr(function, "__wrapped__", None):
             plain.__dict__.setdefault("__dynamo_disable", plain)
 

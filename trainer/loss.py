@@ -31,23 +31,25 @@ class ChunkedCrossEntropy:
         """`chunks` of each call: 1 is the plain loss, 0 chooses a number that suits the device."""
         self.chunks = chunks
         self.compiled = False
-        self.turn = turn_into_gradient
+        self.plain, self.turn = plain_loss, turn_into_gradient
 
-    def compile(self) -> None:
+    def compile(self, **options: Any) -> None:
         """From now on, fuse what is done to the logits; each shape is compiled at its first call."""
         self.compiled = True
-        self.turn = torch.compile(turn_into_gradient, dynamic=False)
+        self.plain = torch.compile(plain_loss, **options)
+        self.turn = torch.compile(turn_into_gradient, **options)
 
     def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Of `hidden` (tokens, width), `weight` (vocab_size, width) and int64 `targets` (tokens,), all valid ids."""
         if self.chunks == 1:
-            return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+            return self.plain(hidden, weight, targets)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         rows = rows_in_chunk(len(hidden), len(weight), self.chunks, device)
         with torch.autocast(device, enabled=False):
             if torch.is_grad_enabled():
-                return cast(Tensor, _Differentiable.apply(hidden, weight, targets, rows, dtype, self))
+                loss = _Differentiable.apply(hidden, weight, targets, rows, dtype, self)  # type: ignore[no-untyped-call]
+                return cast(Tensor, loss)
             return self.value(hidden.to(dtype), weight.to(dtype), targets, rows)
 
     def value(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -55,29 +57,33 @@ class ChunkedCrossEntropy:
         total = torch.zeros((), device=hidden.device)
         logits = hidden.new_empty(rows, len(weight))  # one buffer for all: fresh memory costs more than the sums in it
         scratch = _float32_like(logits)
-        for states, ids in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for states, ids in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
             chunk = torch.mm(states, weight.t(), out=logits[: len(ids)])
             total -= log_probabilities(chunk, scratch[: len(ids)]).gather(1, ids[:, None]).sum()
         return total
 
     def gradients(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and its gradients times `scale_of(dtype)`: that of `hidden` in its dtype, of `weight` in float32."""
+        """The loss, and its gradients times `scale_of` the dtype of `hidden`; all float32."""
         total = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         logits = hidden.new_empty(rows, len(weight))
         scratch = None if self.compiled else _float32_like(logits)
-        for states, ids, grad in zip(hidden.split(rows), targets.split(rows), grad_hidden.split(rows), strict=True):
+        parts = (torch.split(tensor, rows) for tensor in (hidden, targets, grad_hidden))
+        for states, ids, grad in zip(*parts, strict=True):
             chunk = torch.mm(states, weight.t(), out=logits[: len(ids)])
             total += self.turn(chunk, None if scratch is None else scratch[: len(ids)], ids)
-            torch.mm(chunk, weight, out=grad)
-            _add_product(grad_weight, chunk.t(), states)
+            grad.copy_(product(chunk, weight))
+            if chunk.dtype == torch.float32:
+                grad_weight.addmm_(chunk.t(), states)  # without a second tensor of the weight's size
+            else:
+                grad_weight += product(chunk.t(), states)
         return total, grad_hidden, grad_weight
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -91,13 +97,17 @@ class _Differentiable(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss keeps its gradients for one backward pass; for more use loss_chunks=1")
         (of_hidden, of_weight), ctx.gradients = ctx.gradients, None
         factor = grad.float() / ctx.scale
-        of_hidden, of_weight = of_hidden.float().mul_(factor), of_weight.mul_(factor)
-        return of_hidden.to(ctx.dtypes[0]), of_weight.to(ctx.dtypes[1]), None, None, None, None
+        return of_hidden.mul_(factor).to(ctx.dtypes[0]), of_weight.mul_(factor).to(ctx.dtypes[1]), *[None] * 4
+
+
+def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same from all logits at once, in float32."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
 def rows_in_chunk(rows: int, vocab_size: int, chunks: int, device: str) -> int:
@@ -131,17 +141,14 @@ def turn_into_gradient(logits: Tensor, scratch: Tensor | None, targets: Tensor) 
     return loss
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`; in float32, except that of bfloat16 on the CPU, which has no such product but float32's range."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if left.dtype == torch.float16:  # whose range a sum over thousands of tokens can leave
+        return torch.mm(left.float(), right.float())
+    return torch.mm(left, right)
+
+
 def _float32_like(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to a float32 `total`."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        total += torch.mm(left, right, out_dtype=torch.float32)
-    elif left.dtype == torch.float16:  # whose range a sum over thousands of tokens can leave
-        total.addmm_(left.float(), right.float())
-    else:
-        total += torch.mm(left, right)

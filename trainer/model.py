@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name everybody knows it by)
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .loss import ChunkedCrossEntropy
@@ -82,9 +83,8 @@ class GPT(nn.Module):
     @classmethod
     def new(cls, shape: Shape, dropout: float, device: torch.device, seed: int, **options: Any) -> "GPT":
         """A model on `device` with weights that depend on nothing but `shape`, the kind of device and `seed`."""
-        with torch.device("meta"):  # so that no weight is made twice
+        with device, _Uninitialized():  # so that no weight is made twice
             model = cls(shape, dropout, **options)
-        model.to_empty(device=device)
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in model.named_parameters():
             initialize(name, parameter, shape.n_layer, generator)
@@ -94,7 +94,7 @@ class GPT(nn.Module):
         """Compile the blocks and the loss, not all in one: the graph of a block serves every layer."""
         for block in self.blocks:
             block.compile(**options)
-        self.loss.compile()
+        self.loss.compile(**options)
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Token ids (rows, tokens) -> what the output head sees (rows, tokens, n_embd)."""
@@ -127,6 +127,15 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Inside, modules are made without the initial values of their own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

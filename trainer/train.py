@@ -29,15 +29,17 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, distributed, flops, options, schedule, snapshot
+from .allocator import use_expandable_segments
 from .clock import StepClock, duration
 from .data import Tokens
 from .errors import TrainerError
 from .forward import DTYPES, Forward, loss_scaler, missing_for_compile, open_device, spare_dynamo
 from .hook import EXIT_OOM_SAVED, StopRequest, is_out_of_memory
 from .model import GPT, Shape
+from .optimizer import AdamW
 from .report import Reporter
 from .rng import RngState
-from .update import Update, make_optimizer
+from .update import Update
 
 # ---- settings: constants only, so that they can be read without running this file
 # files
@@ -148,6 +150,8 @@ class Trainer:
         # ---- device, processes
         if threads:
             torch.set_num_threads(threads)
+        if expandable_segments:
+            use_expandable_segments()
         self.device = open_device(distributed.own_device(device))
         self.world = distributed.join(self.device)
         self.first, rows = self.world.share(self.global_rows)
@@ -186,7 +190,7 @@ class Trainer:
             activation_checkpointing=activation_checkpointing,
         )
         self.world.agree(parameter.detach() for parameter in self.model.parameters())
-        self.optimizer = make_optimizer(self.model, learning_rate, (beta1, beta2), weight_decay)
+        self.optimizer = AdamW(self.model.decay_groups(weight_decay), learning_rate, (beta1, beta2))
         self.scaler = loss_scaler(self.device, dtype)
         self.update = Update(self.optimizer, self.scaler, grad_clip, self.world)
         self.forward = Forward(self.model, self.device, dtype, self.compiled, report, activation_memory_budget)

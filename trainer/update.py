@@ -4,29 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import World
-from .model import GPT
-
-
-def make_optimizer(
-    model: GPT, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with its state allocated now, so that the first step needs no more memory than the others."""
-    optimizer = torch.optim.AdamW(model.decay_groups(weight_decay), lr=learning_rate, betas=betas, fused=True)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
-    return optimizer
+from .optimizer import AdamW
 
 
 class Update:
     """Applies accumulated gradients, unless they are not finite: then the weights stay as they are."""
 
-    def __init__(
-        self, optimizer: torch.optim.AdamW, scaler: torch.amp.GradScaler, grad_clip: float, world: World
-    ) -> None:
+    def __init__(self, optimizer: AdamW, scaler: torch.amp.GradScaler, grad_clip: float, world: World) -> None:
         self.optimizer, self.scaler, self.grad_clip, self.world = optimizer, scaler, grad_clip, world
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         zero = torch.zeros((), device=self.parameters[0].device)
@@ -48,11 +32,11 @@ class Update:
     def apply(self) -> None:
         """Step the optimizer, which divides the gradients itself; where they are not finite it changes nothing.
 
-        These two attributes are how PyTorch's fused optimizers are told, in place of a pass over all gradients.
+        These two attributes are how a GradScaler tells fused optimizers, too: it costs no pass over all gradients.
         """
         excess = self.grad_norm / self.grad_clip if self.grad_clip else torch.ones_like(self.grad_norm)
-        self.optimizer.grad_scale = excess.clamp(min=1.0)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = excess.clamp(min=1.0)
+        self.optimizer.found_inf = self.not_finite
         self.scaler.step(self.optimizer)  # float16: times the scale of the loss
         self.scaler.update()
         self.optimizer.zero_grad(

@@ -8,6 +8,7 @@ from gpusup.trainer import checkpoint, update
 from gpusup.trainer.distributed import World
 from gpusup.trainer.hook import EXIT_OOM_SAVED
 from gpusup.trainer.model import GPT, Shape
+from gpusup.trainer.optimizer import AdamW
 from trainer_runs import Launch, Run, assert_continues, mutant
 
 FAILS_AT = 7  # the last completed step; checkpoints are due every 5
@@ -77,8 +78,8 @@ def test_nothing_is_saved_when_no_step_was_completed(tmp_path: Path, tokens: Pat
 def test_update_is_called_untouched_only_when_it_is(applied: str) -> None:
     """Whatever part of an optimizer step was carried out before memory ran out."""
     shape = Shape(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16, bias=True)
-    model = GPT(shape, 0.0)
-    optimizer = update.make_optimizer(model, 1e-3, (0.9, 0.95), 0.1)
+    model = GPT.new(shape, 0.0, torch.device("cpu"), seed=1)
+    optimizer = AdamW(model.decay_groups(0.1), 1e-3, (0.9, 0.95))
     steps = update.Update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1.0, World())
     before = steps.applied()
     for parameter in model.parameters():
