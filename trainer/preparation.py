@@ -13,7 +13,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
@@ -141,7 +141,7 @@ def encode_all(
         say(why)
     if progress.source or progress.row:
         say(f"continuing after {progress.text_bytes / 1e6:,.0f} MB of text")
-    bar = ProgressBar([source.rows for source in opened], progress, f"{name}, {options.workers} workers")
+    bar = ProgressBar([source.rows for source in opened], progress, f"{name}, workers: {options.workers}")
     committed_s = time.monotonic()
     with pool.start(options.workers, name) as workers:
         try:
@@ -175,9 +175,7 @@ def sample(opened: Sequence[ParquetSource | BinSource]) -> Iterator[bytes]:
             return
 
 
-def in_order(
-    workers: ProcessPoolExecutor, count: int, given: Iterable[Task]
-) -> Iterator[tuple[Task, tuple[bytes, bytes]]]:
+def in_order(workers: Executor, count: int, given: Iterable[Task]) -> Iterator[tuple[Task, tuple[bytes, bytes]]]:
     """Every task with its tokens, as given; a few are under way at any time."""
     under_way: deque[tuple[Task, Future[tuple[bytes, bytes]]]] = deque()
     for task in given:
