@@ -26,7 +26,7 @@ from .pool import Piece
 from .progress import ProgressBar
 from .shards import SPLITS, VERSION, Header
 from .sources import BinSource, ParquetSource
-from .workspace import Progress, StreamWriter, Workspace
+from .workspace import READING, Progress, StreamWriter, Workspace
 
 TASK_BYTES = 1 << 20  # text given to a worker at once
 COMMIT_EVERY_S = 2.0  # what an interruption can cost
@@ -87,7 +87,7 @@ def _prepare(opened: Sequence[ParquetSource | BinSource], out: Path, options: Op
             say(f"{out} already holds these tokens")
             return meta
         progress = workspace.resume(options.restart)
-        if progress.stage != "reading":
+        if progress.stage != READING:
             workspace.install(progress)
         else:
             writers = workspace.writers(progress)
@@ -197,7 +197,7 @@ def tasks(opened: Sequence[ParquetSource | BinSource], begin: Progress, val_frac
             for document in batch.documents:
                 pieces = source.pieces(document)
                 if pieces is None:
-                    done.left_out["unbroken"] += 1
+                    done.leave_out("unbroken")
                     continue
                 checksum = 0
                 for part in source.text(document):
@@ -212,7 +212,8 @@ def tasks(opened: Sequence[ParquetSource | BinSource], begin: Progress, val_frac
                         yield task
                         task = Task()
             done.row += batch.rows
-            done.left_out += batch.left_out
+            for why, count in batch.left_out.items():
+                done.leave_out(why, count)
             if task.size_bytes >= TASK_BYTES // 2:
                 task.reached = copy.deepcopy(done)
                 yield task
