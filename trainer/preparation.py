@@ -13,7 +13,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,7 +26,7 @@ from .pool import Piece
 from .progress import ProgressBar
 from .shards import SPLITS, VERSION, Header
 from .sources import BinSource, ParquetSource
-from .workspace import Progress, StreamWriter, Workspace
+from .workspace import READING, Progress, StreamWriter, Workspace
 
 TASK_BYTES = 1 << 20  # text given to a worker at once
 COMMIT_EVERY_S = 2.0  # what an interruption can cost
@@ -87,7 +87,7 @@ def _prepare(opened: Sequence[ParquetSource | BinSource], out: Path, options: Op
             say(f"{out} already holds these tokens")
             return meta
         progress = workspace.resume(options.restart)
-        if progress.stage != "reading":
+        if progress.stage != READING:
             workspace.install(progress)
         else:
             writers = workspace.writers(progress)
@@ -141,7 +141,7 @@ def encode_all(
         say(why)
     if progress.source or progress.row:
         say(f"continuing after {progress.text_bytes / 1e6:,.0f} MB of text")
-    bar = ProgressBar([source.rows for source in opened], progress, f"{name}, {options.workers} workers")
+    bar = ProgressBar([source.rows for source in opened], progress, f"{name}, workers: {options.workers}")
     committed_s = time.monotonic()
     with pool.start(options.workers, name) as workers:
         try:
@@ -175,9 +175,7 @@ def sample(opened: Sequence[ParquetSource | BinSource]) -> Iterator[bytes]:
             return
 
 
-def in_order(
-    workers: ProcessPoolExecutor, count: int, given: Iterable[Task]
-) -> Iterator[tuple[Task, tuple[bytes, bytes]]]:
+def in_order(workers: Executor, count: int, given: Iterable[Task]) -> Iterator[tuple[Task, tuple[bytes, bytes]]]:
     """Every task with its tokens, as given; a few are under way at any time."""
     under_way: deque[tuple[Task, Future[tuple[bytes, bytes]]]] = deque()
     for task in given:
@@ -199,7 +197,7 @@ def tasks(opened: Sequence[ParquetSource | BinSource], begin: Progress, val_frac
             for document in batch.documents:
                 pieces = source.pieces(document)
                 if pieces is None:
-                    done.left_out["unbroken"] += 1
+                    done.leave_out("unbroken")
                     continue
                 checksum = 0
                 for part in source.text(document):
@@ -214,7 +212,8 @@ def tasks(opened: Sequence[ParquetSource | BinSource], begin: Progress, val_frac
                         yield task
                         task = Task()
             done.row += batch.rows
-            done.left_out += batch.left_out
+            for why, count in batch.left_out.items():
+                done.leave_out(why, count)
             if task.size_bytes >= TASK_BYTES // 2:
                 task.reached = copy.deepcopy(done)
                 yield task

@@ -195,7 +195,8 @@ class BinSource:
     @cached_property
     def _table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
         """Of every token, where its bytes begin in the third array, and how many they are."""
-        tokens = bpe.gpt2().token_byte_values()  # in order of their numbers, without the end of text
+        encoding = bpe.gpt2()
+        tokens = [encoding.decode_single_token_bytes(number) for number in range(bpe.END_OF_TEXT)]
         lengths = np.asarray([len(token) for token in tokens], dtype=np.int64)
         return np.cumsum(lengths) - lengths, lengths, np.frombuffer(b"".join(tokens), np.uint8)
 

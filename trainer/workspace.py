@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,8 +31,11 @@ class Progress:
     text_bytes: int = 0
     documents: list[int] = field(default_factory=lambda: [0, 0])  # by split
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # by split
-    left_out: Counter[str] = field(default_factory=Counter)  # documents, by reason
+    left_out: dict[str, int] = field(default_factory=dict)  # documents, by reason
     stage: str = READING
+
+    def leave_out(self, why: str, count: int = 1) -> None:
+        self.left_out[why] = self.left_out.get(why, 0) + count
 
 
 class StreamWriter:
@@ -155,7 +157,7 @@ class Workspace:
                     f"{self.folder}: unfinished work of another preparation ({_difference(earlier, self.plan)}); "
                     f"put that back to continue, or begin anew with --restart"
                 )
-            return _progress(_read(self.folder / "progress.json"))
+            return Progress(**(_read(self.folder / "progress.json") or {}))
         if not (self.out / META).exists() and (theirs := [path for path in self._tokens(self.out) if path.exists()]):
             raise TrainerError(f"{theirs[0]}: in the way, and not made by prepare.py; move it or use another -o")
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -222,10 +224,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _progress(content: dict[str, Any] | None) -> Progress:
-    return Progress(**{**content, "left_out": Counter(content["left_out"])}) if content else Progress()
 
 
 def _difference(earlier: dict[str, Any], plan: dict[str, Any]) -> str:
