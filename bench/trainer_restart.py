@@ -2,7 +2,7 @@
 
     python bench/trainer_restart.py [--repeat 3] [--device cpu]
 
-One run is started, then resumed as a supervisor would resume it: the same again, with compile taken away and given back,
+One run is started, then resumed as a supervisor would: the same again, with compile taken away and given back,
 with another micro-batch and back, in another dtype. Compiled code is cached in the run's folder throughout.
 """
 
