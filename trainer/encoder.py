@@ -7,12 +7,15 @@ precedes it, and ends where it would end if the text ended there.
 
 import base64
 import functools
+import mmap
 import re
 import sys
 import tempfile
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 from . import bpe
@@ -20,6 +23,8 @@ from . import bpe
 CHOICES = ("auto", "tiktoken", "gigatoken")
 PIECE_BYTES = 1 << 20  # a longer text is cut
 UNBROKEN_BYTES = 4 << 20  # the longest stretch without a place to cut; encoding it takes about 50 times its size
+REMEMBERED_BYTES = 256 << 20  # of words, by gigatoken; some million of them
+REPLACED_AFTER_BYTES = 16 << 20  # of text, at least: something else may be what takes the memory
 LONG_CHARS = 100_000
 LONG_WHITE_SPACE = re.compile(rf"[^\S\x1c-\x1f]{{{LONG_CHARS},}}")  # at a million, tiktoken's matching overflows
 
@@ -81,11 +86,16 @@ class TiktokenEncoder:
 
 
 class GigatokenEncoder:
-    """gigatoken, given tiktoken's own ranks."""
+    """gigatoken, given tiktoken's own ranks. It remembers every word it has met, so now and then it is replaced."""
 
     name = "gigatoken"
 
     def __init__(self) -> None:
+        self._replacing = threading.Lock()
+        self._load()
+        self._limit_bytes = resident_bytes() + REMEMBERED_BYTES
+
+    def _load(self) -> None:
         import gigatoken
 
         ranks = sorted(bpe.gpt2()._mergeable_ranks.items(), key=lambda item: item[1])
@@ -93,12 +103,22 @@ class GigatokenEncoder:
             file.writelines(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
             file.flush()
             self._tokenizer = gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2", special_tokens={})
+        self._encoded_bytes = 0  # by this one
 
     def encode(self, pieces: list[bytes]) -> list[memoryview]:
+        with self._replacing:
+            if self._encoded_bytes > REPLACED_AFTER_BYTES and resident_bytes() > self._limit_bytes:
+                self._load()
+            self._encoded_bytes += sum(map(len, pieces))
         layout = self._tokenizer.encode_batch(pieces, parallel=False).layout
         tokens = memoryview(layout.content.data.astype("<u2")).cast("B")
         ends = (layout.offsets.data * 2).tolist()
         return [tokens[begin:end] for begin, end in pairwise(ends)]
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @functools.cache

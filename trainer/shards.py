@@ -124,7 +124,7 @@ def open_stream(data_dir: Path, split: str) -> Stream:
     plain = data_dir / f"{split}.bin"
     if not paths and not plain.exists():
         raise TrainerError(
-            f"{data_dir}: no such token file as {shard_name(split, 0)} or {plain.name}; "
+            f"{plain}: no such token file, nor {shard_name(split, 0)} beside it; "
             f"make it with `trainer/prepare.py FILE.parquet -o {data_dir}`"
         )
     if not paths:

@@ -22,6 +22,7 @@ from .shards import TOKEN
 
 BATCH_BYTES = 1 << 20
 BATCH_ROWS = 4096
+UNREADABLE = (pyarrow.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises for a broken file
 
 
 @dataclass
@@ -68,9 +69,12 @@ class ParquetSource:
 
     def __init__(self, path: Path, column: str) -> None:
         self.path, self.column = path, column
-        with self._open() as file:
-            self.rows: int = file.metadata.num_rows
-            schema = file.schema_arrow
+        try:
+            with self._open() as file:
+                self.rows: int = file.metadata.num_rows
+                schema = file.schema_arrow
+        except UNREADABLE as error:
+            raise TrainerError(f"{path}: not a whole parquet file; download it again ({first_line(error)})") from None
         if column not in schema.names:
             raise TrainerError(
                 f"{path}: no column named {column}; it has {', '.join(schema.names) or 'none'}: see --text-column"
@@ -81,14 +85,9 @@ class ParquetSource:
 
     def _open(self) -> pyarrow.parquet.ParquetFile:
         """Without read-ahead and with a small buffer: a row group is never in memory as a whole."""
-        try:
-            return pyarrow.parquet.ParquetFile(
-                self.path, pre_buffer=False, buffer_size=BATCH_BYTES, page_checksum_verification=True
-            )
-        except (pyarrow.ArrowException, OSError) as error:
-            raise TrainerError(
-                f"{self.path}: not a whole parquet file; download it again ({first_line(error)})"
-            ) from None
+        return pyarrow.parquet.ParquetFile(
+            self.path, pre_buffer=False, buffer_size=BATCH_BYTES, page_checksum_verification=True
+        )
 
     def text(self, document: memoryview) -> Iterator[memoryview]:
         """The text of a document, UTF-8, in parts."""
@@ -102,8 +101,8 @@ class ParquetSource:
     def batches(self, first_row: int) -> Iterator[Batch]:
         """The documents from row `first_row` on. Raises TrainerError when the file is damaged."""
         row = 0
-        with self._open() as file:
-            try:
+        try:
+            with self._open() as file:
                 for group in range(file.metadata.num_row_groups):
                     facts = file.metadata.row_group(group)
                     if row + facts.num_rows <= first_row:
@@ -116,10 +115,10 @@ class ParquetSource:
                         row += read.num_rows
                         if begin < read.num_rows:
                             yield _texts(read.column(0)[begin:])
-            except (pyarrow.ArrowException, OSError) as error:
-                raise TrainerError(
-                    f"{self.path}: damaged after document {row:,}; download it again ({first_line(error)})"
-                ) from None
+        except UNREADABLE as error:
+            raise TrainerError(
+                f"{self.path}: damaged after document {row:,}; download it again ({first_line(error)})"
+            ) from None
 
     def _batch_rows(self, facts: pyarrow.parquet.RowGroupMetaData) -> int:
         """So many rows as make about BATCH_BYTES of text, by the mean over the row group."""

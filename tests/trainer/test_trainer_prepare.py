@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import random
 import subprocess
 import sys
 import zlib
@@ -16,6 +17,7 @@ from gpusup.trainer import bpe
 from gpusup.trainer.errors import TrainerError
 from gpusup.trainer.preparation import Options, belongs_to_validation, prepare
 from gpusup.trainer.shards import open_stream
+from gpusup.trainer.sources import ParquetSource
 from trainer_runs import ROOT
 
 SHARD = ROOT / "data" / "prose" / "000_00000.parquet"
@@ -202,6 +204,22 @@ def test_file_is_refused_with_a_reason(tmp_path: Path) -> None:
         with pytest.raises(TrainerError, match=message):
             prepare([path], tmp_path / "out", Options(encoder="tiktoken", restart=True))
         assert {path.name for path in (tmp_path / "out").glob("*")} <= {"unfinished"}, path
+
+
+def test_damage_anywhere_is_refused_or_read_but_never_a_surprise(tmp_path: Path) -> None:
+    """Bytes overwritten at random, half of them in the footer; where a changed byte is still text, it is read."""
+    whole, path, outcomes = SHARD.read_bytes(), tmp_path / "damaged.parquet", set()
+    for seed in range(60):
+        chance = random.Random(seed)
+        changed = bytearray(whole)
+        for _ in range(chance.choice((1, 3, 50))):
+            changed[chance.randrange(0 if seed % 2 else len(whole) - 6000, len(whole))] = chance.randrange(256)
+        path.write_bytes(changed)
+        try:
+            outcomes.add(sum(batch.rows for batch in ParquetSource(path, "text").batches(0)) > 0)
+        except TrainerError:
+            outcomes.add("refused")
+    assert outcomes == {True, "refused"}
 
 
 def test_same_file_twice_is_refused(tmp_path: Path) -> None:
