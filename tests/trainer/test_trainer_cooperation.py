@@ -77,7 +77,7 @@ def test_peak_of_training_is_reported_only_after_two_steps_at_a_block_size(tmp_p
 
 def test_peak_is_of_its_own_phase(tmp_path: Path, many_tokens: Path) -> None:
     """The large logits of training are not charged to what comes after."""
-    run = Launch(tmp_path, many_tokens, vocab_size=16384, batch_size=24, max_iters=4, threads=1).run()
+    run = Launch(tmp_path, many_tokens, vocab_size=16384, batch_size=24, max_iters=4, loss_chunks=1).run()
     peaks = {event["phase"]: event["bytes"] for event in run.of("peak")}
     logits_bytes = 24 * 32 * 16384 * 4
     assert peaks["train"] > peaks["load"] + 2 * logits_bytes
@@ -115,12 +115,12 @@ def test_number_that_json_lacks_becomes_null(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("phase", "step", "module", "line"),
     [
-        ("forward", 0, "forward.py", "            return cast(Tensor, self.call(inputs, targets))"),
+        ("forward", 0, "forward.py", "            return cast(Tensor, self.model(inputs, targets))"),
         ("backward", 0, "train.py", "                self.scaler.scale("),
         ("optimizer", 0, "train.py", "        self.update()"),
         ("eval", 2, "train.py", "        samples = eval_iters"),
         ("checkpoint", 2, "checkpoint.py", "            torch.save("),
-        ("load", 0, "train.py", "        self.optimizer = make_optimizer"),
+        ("load", 0, "train.py", "        self.optimizer = AdamW"),
     ],
 )
 def test_failure_names_its_phase(tmp_path: Path, tokens: Path, phase: str, step: int, module: str, line: str) -> None:

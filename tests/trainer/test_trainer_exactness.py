@@ -7,9 +7,10 @@ import pytest
 from trainer_runs import Launch, Run, assert_continues, mutant
 
 SPLIT_TOLERANCE = 1e-5  # float32 sums of the same numbers in another order
-# Of 12 x 32, 8 x 64 and 4 x 128 tokens the largest needs 201; of 12 x 64 and 8 x 128 the smallest needs 246.
-BUDGET_MB = 221
+# Of 12 x 32, 8 x 64 and 4 x 128 tokens the largest needs 128; of 12 x 64 and 8 x 128 the smallest needs 175.
+BUDGET_MB = 150
 LARGE = {
+    "loss_chunks": 1,  # the plain loss: it is the logits that run out of memory
     "vocab_size": 16384,
     "block_size": 128,
     "block_size_start": 32,
