@@ -5,7 +5,7 @@
 Speed, memory and start are of whole processes, ours and nanoGPT's in turn, with the same tokens, threads and
 environment: nanoGPT's `train.py` as it is (for bfloat16 with the one line changed that ignores it on a CPU), and ours
 with its own defaults. The model has 6 layers, 6 heads, width 384, context 256 and a vocabulary of 50304. A process is
-killed after the steps that are wanted, so neither saves. Ratios are medians over the pairs; their range stands beside them.
+killed after the steps that are wanted, so neither saves. Ratios are medians over the pairs, with their range.
 """
 
 import argparse

@@ -13,6 +13,7 @@ block_size_start = 32
 block_size_warmup_iters = 6
 batch_size = 24
 gradient_accumulation_steps = 1
+loss_chunks = 1  # the plain loss: it is the logits that run out of memory
 
 max_iters = 40
 eval_interval = 0
