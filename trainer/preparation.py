@@ -13,16 +13,17 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from . import bpe, encoder, pool, sources
+import pyarrow
+
+from . import bpe, encoder, sources
 from .errors import TrainerError
-from .pool import Piece
+from .pool import Encoded, Piece, Pool, WorkerKilled
 from .progress import ProgressBar
 from .shards import SPLITS, VERSION, Header
 from .sources import BinSource, ParquetSource
@@ -65,6 +66,7 @@ def prepare(paths: Sequence[Path], out: Path, options: Options) -> dict[str, Any
         raise TrainerError(f"--val-fraction {options.val_fraction}: give a number between 0 and 1, such as 0.01")
     if options.workers < 1 or (options.shard_tokens is not None and options.shard_tokens < 1):
         raise TrainerError("--workers and --shard-tokens must be at least 1")
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others keep what a long document needed once
     files = sources.expand(paths)
     opened = [sources.open_source(path, options.text_column) for path in files]
     try:
@@ -143,9 +145,9 @@ def encode_all(
         say(f"continuing after {progress.text_bytes / 1e6:,.0f} MB of text")
     bar = ProgressBar([source.rows for source in opened], progress, f"{name}, workers: {options.workers}")
     committed_s = time.monotonic()
-    with pool.start(options.workers, name) as workers:
+    with Pool(options.workers, name) as pool:
         try:
-            for task, tokens in in_order(workers, options.workers, tasks(opened, progress, options.val_fraction)):
+            for task, tokens in in_order(pool, options.workers, tasks(opened, progress, options.val_fraction)):
                 for writer, part in zip(writers, tokens, strict=True):
                     writer.append(part)
                 if task.reached is None:
@@ -155,13 +157,12 @@ def encode_all(
                     workspace.commit(progress, writers)
                     committed_s = time.monotonic()
                 bar.show(progress, sum(writer.tokens for writer in writers))
-        except BrokenProcessPool:
+        except WorkerKilled:
             raise TrainerError(
                 f"{workspace.out}: a worker was killed, perhaps because memory ran out; "
                 f"give the same command again, it continues (--workers N needs less memory with a smaller N)"
             ) from None
         finally:
-            workers.shutdown(cancel_futures=True)
             bar.close()
     return progress
 
@@ -175,12 +176,12 @@ def sample(opened: Sequence[ParquetSource | BinSource]) -> Iterator[bytes]:
             return
 
 
-def in_order(workers: Executor, count: int, given: Iterable[Task]) -> Iterator[tuple[Task, tuple[bytes, bytes]]]:
+def in_order(pool: Pool, workers: int, given: Iterable[Task]) -> Iterator[tuple[Task, Encoded]]:
     """Every task with its tokens, as given; a few are under way at any time."""
-    under_way: deque[tuple[Task, Future[tuple[bytes, bytes]]]] = deque()
+    under_way: deque[tuple[Task, Future[Encoded]]] = deque()
     for task in given:
-        under_way.append((task, workers.submit(pool.encode, task.pieces)))
-        if len(under_way) > 2 * count + 1:
+        under_way.append((task, pool.submit(task.pieces)))
+        if len(under_way) > 2 * workers + 1:
             first, future = under_way.popleft()
             yield first, future.result()
     for task, future in under_way:

@@ -21,7 +21,7 @@ from .errors import TrainerError
 from .shards import TOKEN
 
 BATCH_BYTES = 1 << 20
-BATCH_ROWS = 4096
+BATCH_ROWS = 512  # at most: where texts repeat, the size of a row group does not tell theirs
 UNREADABLE = (pyarrow.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises for a broken file
 
 

