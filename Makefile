@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install  ## the whole story in a few minutes, with real allocation failures, on the CPU
 	rm -rf $(DEMO)/out
-	test -f $(DEMO)/data/train.bin || $(BIN)/python trainer/prepare.py data/prose/000_00000.parquet -o $(DEMO)/data
+	test -f $(DEMO)/data/meta.json || $(BIN)/python trainer/prepare.py data/prose/000_00000.parquet -o $(DEMO)/data
 	GPUSUP_HOME=$(CURDIR)/$(DEMO)/state VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/gpusup run policies/demo.yaml --name demo -- \
 		trainer/train.py trainer/config/demo.py --data_dir=$(DEMO)/data --out_dir=$(DEMO)/out
 	@echo; echo '$$ gpusup log -1'

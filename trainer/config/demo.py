@@ -11,7 +11,7 @@ n_embd = 32
 block_size = 64
 block_size_start = 32
 block_size_warmup_iters = 6
-batch_size = 24
+batch_size = 32
 gradient_accumulation_steps = 1
 loss_chunks = 1  # the plain loss: it is the logits that run out of memory
 
