@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ SAMPLE_EVERY_S = 0.05
 PEER = "nanoGPT's way"
 FOLDERS = ("/usr/share/doc", "/usr/share/man", "/usr/share/perl", sys.prefix, sys.base_prefix)
 SUFFIXES = {".py", ".md", ".rst", ".txt", ".pod", ".html", ""}
+PLAIN = re.compile(r"[^\W\d_]+|[ \n.,;:'\"()?!-]+")
 # The names under which tiktoken looks for its two files.
 CACHE_NAMES = {
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
@@ -84,8 +86,7 @@ def paragraphs() -> Iterator[str]:
 
 def is_prose(paragraph: str) -> bool:
     """Whether it is mostly letters and the punctuation of sentences: web text is, most files here are not."""
-    plain = sum(character.isalpha() or character in " \n.,;:'\"-()?!" for character in paragraph)
-    return len(paragraph) > 60 and paragraph.count(" ") > 8 and plain / len(paragraph) > 0.93
+    return len(paragraph) > 60 and paragraph.count(" ") > 8 and len(PLAIN.sub("", paragraph)) < 0.07 * len(paragraph)
 
 
 def files() -> Iterator[str]:
@@ -221,13 +222,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer-python", type=Path, help="an interpreter with datasets and tiktoken")
     parser.add_argument("--megabytes", type=int, default=150, help="of text (default: 150)")
+    parser.add_argument("--corpus", type=Path, help="a parquet file with a column text, instead of one made up here")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus, script = folder / "corpus.parquet", folder / "peer.py"
-        text_bytes, unique_bytes = build_corpus(corpus, options.megabytes * 1_000_000)
-        print(f"{text_bytes / 1e6:.0f} MB of text, {unique_bytes / 1e6:.0f} MB of it unique; {WORKERS} workers")
+        if options.corpus:
+            shutil.copy(options.corpus, corpus)
+            text_bytes = sum(map(len, pyarrow.parquet.read_table(corpus)["text"].cast("binary").to_pylist()))
+            print(f"{options.corpus.name}: {text_bytes / 1e6:.0f} MB of text; {WORKERS} workers", flush=True)
+        else:
+            text_bytes, unique_bytes = build_corpus(corpus, options.megabytes * 1_000_000)
+            unique = f"{unique_bytes / 1e6:.0f} MB of it unique"
+            print(f"{text_bytes / 1e6:.0f} MB of text, {unique}; {WORKERS} workers", flush=True)
         script.write_text(PEER_SCRIPT)
         ways = []
         if options.peer_python:
@@ -241,6 +249,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for way in ways:
                 way.run(environment)
+                print(f"  {way.name}: {way.wall_s[-1]:.1f} s", file=sys.stderr, flush=True)
         for way in ways:
             way.check()
         table(ways, text_bytes)

@@ -82,7 +82,9 @@ def prepare(paths: Sequence[Path], out: Path, options: Options) -> dict[str, Any
 
 
 def _prepare(opened: Sequence[ParquetSource | BinSource], out: Path, options: Options) -> dict[str, Any]:
-    plan = make_plan([source.path for source in opened], options)
+    paths = [source.path for source in opened]
+    before = [stamp(path) for path in paths]
+    plan = make_plan(paths, options)
     workspace = Workspace(out, plan)
     try:
         if meta := workspace.finished():
@@ -95,6 +97,9 @@ def _prepare(opened: Sequence[ParquetSource | BinSource], out: Path, options: Op
             writers = workspace.writers(progress)
             try:
                 progress = encode_all(opened, workspace, writers, progress, options)
+                if changed := [path for path, was in zip(paths, before, strict=True) if stamp(path) != was]:
+                    workspace.discard()
+                    raise TrainerError(f"{changed[0]}: changed while it was read; give the command again")
                 complete(workspace, writers, progress)
             finally:
                 for writer in writers:
@@ -104,6 +109,12 @@ def _prepare(opened: Sequence[ParquetSource | BinSource], out: Path, options: Op
         return result
     finally:
         workspace.close()
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """What changes when somebody writes to the file."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def make_plan(paths: Sequence[Path], options: Options) -> dict[str, Any]:
@@ -172,7 +183,8 @@ def sample(opened: Sequence[ParquetSource | BinSource]) -> Iterator[bytes]:
     for source in opened:
         if isinstance(source, ParquetSource):
             for batch in islice(source.batches(0), 1):
-                yield from (bytes(document[: encoder.PIECE_BYTES]) for document in batch.documents[:SAMPLE_DOCUMENTS])
+                short = (document for document in batch.documents if len(document) <= encoder.PIECE_BYTES)
+                yield from map(bytes, islice(short, SAMPLE_DOCUMENTS))
             return
 
 

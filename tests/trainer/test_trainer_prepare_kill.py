@@ -194,6 +194,18 @@ def test_changed_source_or_option_is_noticed(tmp_path: Path, undisturbed: dict[s
     assert content(out) == undisturbed
 
 
+def test_source_written_to_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", tmp_path / SHARD.name
+    shutil.copy(SHARD, source)
+    child = start(out, source=source)
+    wait_for_rows(out, child, 100)
+    os.utime(source)
+    _, errors = child.communicate(timeout=DEADLINE_S)
+    assert child.returncode == 2
+    assert f"{source}: changed while it was read" in errors
+    assert not list(out.iterdir())
+
+
 def test_second_command_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     child = start(out)
