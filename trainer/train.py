@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, options, schedule
+from .allocator import use_expandable_segments
 from .data import Tokens
 from .errors import TrainerError
 from .forward import DTYPES, Forward, loss_scaler, missing_for_compile, open_device, spare_dynamo
@@ -78,6 +79,7 @@ compile = True  # torch.compile: faster, after a pause at the first step of each
 loss_chunks = 0  # parts in which a micro-batch's logits are made; 1: all at once, the plain loss; 0 means automatic
 activation_checkpointing = False  # keep a block's input only, compute the rest again in backward: slower, leaner
 activation_memory_budget = 1.0  # compiled: fraction of the activations kept for backward, the rest is computed again
+expandable_segments = True  # CUDA: let the allocator's segments grow, on systems known to bear it
 threads = 0  # CPU threads; 0 means PyTorch's own choice
 # ---- end of settings
 
@@ -100,6 +102,8 @@ def configure(arguments: list[str]) -> None:
     values = options.parse(arguments, KNOBS)
     options.check_ranges(values, AT_LEAST, CHOICES)
     globals().update(values)
+    if activation_memory_budget > 1:
+        raise TrainerError(f"activation_memory_budget={activation_memory_budget} is a fraction: at most 1")
     for name in BELOW_ONE:
         if cast(float, values[name]) >= 1:
             raise TrainerError(f"{name}={values[name]} must be below 1")
@@ -138,6 +142,8 @@ class Trainer:
 
         if threads:
             torch.set_num_threads(threads)
+        if expandable_segments:
+            use_expandable_segments()
         self.device = open_device(device)
         if self.device.type == "cuda":
             report.measure_cuda()
@@ -146,6 +152,8 @@ class Trainer:
             say(f"compile is not available: {missing}; training goes on without it")
             report.emit("unavailable", knob="compile", reason=missing)
         self.compiled = compile and not missing
+        if activation_memory_budget < 1 and not self.compiled:
+            say("activation_memory_budget is the compiler's, and nothing is compiled: it has no effect")
 
         self.train_tokens = Tokens(Path(data_dir, "train.bin"), block_size, vocab_size)
         self.val_tokens = Tokens(Path(data_dir, "val.bin"), block_size, vocab_size) if eval_interval else None
