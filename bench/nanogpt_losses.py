@@ -29,6 +29,7 @@ NAMES = {
 
 def largest_difference(nanogpt: Path, steps: int) -> float:
     """The largest difference of the two losses (nats, float32) at any of `steps` optimizer steps."""
+    torch.set_num_threads(1)  # so small a model gains nothing from more
     ours = GPT.new(SHAPE, 0.0, torch.device("cpu"), seed=1)
     theirs = their_model(nanogpt, ours)
     our_optimizer = AdamW(ours.decay_groups(WEIGHT_DECAY), LEARNING_RATE, BETAS)

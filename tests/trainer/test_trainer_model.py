@@ -192,8 +192,10 @@ def test_losses_are_the_same_when_the_loss_is_chunked_and_blocks_are_checkpointe
         "eval_interval": 5,
     }
     plain = Launch(tmp_path / "plain", tokens, **settings, loss_chunks=1).run()
-    lean = Launch(tmp_path / "lean", tokens, **settings, loss_chunks=5, activation_checkpointing=True).run()
+    savings = {"loss_chunks": 5, "activation_checkpointing": True, "activation_memory_budget": 0.5}
+    lean = Launch(tmp_path / "lean", tokens, **settings, **savings).run()
     assert plain.status == lean.status == 0, lean.stderr
+    assert "activation_memory_budget is the compiler's" in lean.stdout
     assert plain.losses.keys() == lean.losses.keys()
     for step, loss in plain.losses.items():
         assert lean.losses[step] == pytest.approx(loss, rel=1e-6)
