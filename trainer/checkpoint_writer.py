@@ -135,7 +135,7 @@ class Write:
         self.size_bytes = self._source.left_bytes
         self._pinned = device.type == "cuda"
         self._partial = path.with_name(f"{path.name}.partial")
-        self._lock = threading.Lock()  # whoever holds it writes the next piece
+        self._lock = threading.RLock()  # whoever holds it writes the next piece
         self._file: SequentialFile | None = None
         self._locked_fd = -1
 
@@ -159,14 +159,15 @@ class Write:
         Failures are the writer's, not the caller's.
         """
         copy_at_s = time.monotonic() + PATIENCE_S
-        while self._write_piece():
-            if time.monotonic() < copy_at_s:
-                continue
-            with self._lock, contextlib.suppress(RuntimeError):  # PyTorch's, when the copy does not fit after all
-                if self._source.left_bytes <= headroom_bytes():
-                    self._source.copy_rest()
-                    return
-            copy_at_s = float("inf")
+        with self._lock:  # the thread waits: taking turns would cost more than it saves
+            while self._write_piece():
+                if time.monotonic() < copy_at_s:
+                    continue
+                with contextlib.suppress(RuntimeError):  # PyTorch's, when the copy does not fit after all
+                    if self._source.left_bytes <= headroom_bytes():
+                        self._source.copy_rest()
+                        return
+                copy_at_s = float("inf")
 
     def _write_piece(self) -> bool:
         """Write the next piece; False when there is none, or no sense in it."""
