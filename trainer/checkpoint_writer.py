@@ -1,6 +1,6 @@
 """Writing a checkpoint while training goes on, with no second copy of the model in memory.
 
-Parameters and optimizer state change only inside an optimizer step. So a thread of the lowest priority writes straight
+Parameters and optimizer state change only inside an optimizer step. So a thread of low priority writes straight
 from them during the forward and backward passes that follow, a megabyte at a time, past the page cache. Whoever is
 about to change them calls `release` first, which writes or copies what is still missing.
 """
@@ -33,6 +33,7 @@ PIECE_BYTES = 1 << 20  # small enough to stay in a core's cache from the copy th
 BLOCK_BYTES = 4096  # what direct writes are aligned to
 SMALL_BYTES = 64 << 10  # tensors up to this size are copied at once
 PATIENCE_S = 0.1  # how long an update helps writing before it copies the rest instead
+NICENESS = 10  # of the thread: a tenth of a core where training wants all of it
 STACK_BYTES = 1 << 20  # of the thread; the default of 8 MiB counts against a memory limit
 
 
@@ -134,14 +135,14 @@ class Write:
         self.size_bytes = self._source.left_bytes
         self._pinned = device.type == "cuda"
         self._partial = path.with_name(f"{path.name}.partial")
-        self._lock = threading.Lock()  # whoever holds it writes the next piece
+        self._lock = threading.RLock()  # whoever holds it writes the next piece
         self._file: SequentialFile | None = None
         self._locked_fd = -1
 
     def run(self, in_background: bool) -> None:
         """Write everything and give it its name. What goes wrong is left in `failure`, and nothing on disk."""
         if in_background:
-            _be_last()
+            _be_nice()
         while self._write_piece():
             pass
         try:
@@ -158,14 +159,15 @@ class Write:
         Failures are the writer's, not the caller's.
         """
         copy_at_s = time.monotonic() + PATIENCE_S
-        while self._write_piece():
-            if time.monotonic() < copy_at_s:
-                continue
-            with self._lock, contextlib.suppress(RuntimeError):  # PyTorch's, when the copy does not fit after all
-                if self._source.left_bytes <= headroom_bytes():
-                    self._source.copy_rest()
-                    return
-            copy_at_s = float("inf")
+        with self._lock:  # the thread waits: taking turns would cost more than it saves
+            while self._write_piece():
+                if time.monotonic() < copy_at_s:
+                    continue
+                with contextlib.suppress(RuntimeError):  # PyTorch's, when the copy does not fit after all
+                    if self._source.left_bytes <= headroom_bytes():
+                        self._source.copy_rest()
+                        return
+                copy_at_s = float("inf")
 
     def _write_piece(self) -> bool:
         """Write the next piece; False when there is none, or no sense in it."""
@@ -268,7 +270,7 @@ def _flat(tensor: Tensor) -> Tensor:
     return safetensors_file.bytes_of(tensor.contiguous())
 
 
-def _be_last() -> None:
-    """Let this thread run only where a core is idle: training comes first."""
+def _be_nice() -> None:
+    """Let training come first, but not so that a busy machine keeps the checkpoint from ever being finished."""
     with contextlib.suppress(OSError):  # a container may forbid it
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
