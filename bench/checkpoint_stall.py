@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpusup.trainer.checkpoint import Checkpointer, rng_meta, rng_tensors, training_tensors
+from gpusup.trainer import snapshot
+from gpusup.trainer.checkpoint import Checkpointer
 from gpusup.trainer.model import GPT, Shape
+from gpusup.trainer.rng import RngState
 
 ROWS, TOKENS = 12, 256
 SHAPE = Shape(n_layer=6, n_head=6, n_embd=384, block_size=TOKENS, vocab_size=50304, bias=False)
@@ -63,8 +65,8 @@ class Ours:
         self.durable_s: list[float] = []
 
     def save(self, training: Training, step: int) -> None:
-        tensors = training_tensors(training.model, training.optimizer)
-        self.checkpointer.save(step, {**tensors, **rng_tensors(torch.device("cpu"))}, {"rng": rng_meta()})
+        tensors = snapshot.tensors(training.model, training.optimizer)
+        self.checkpointer.save(step, tensors, {"rng": RngState(torch.device("cpu")).to_json()})
 
     def before_update(self) -> None:
         begin_s = time.perf_counter()

@@ -5,7 +5,6 @@ One without a whole manifest does not exist. At least two are kept, because the 
 """
 
 import json
-import random
 import re
 import sys
 import threading
@@ -16,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import safetensors_file
 from .checkpoint_writer import MANIFEST, STACK_BYTES, STATE, VERSION, Write, discard, discard_if_dead
@@ -225,57 +222,6 @@ def stored(directory: Path) -> list[tuple[int, Path]]:
         return []
     matches = [(NAME.fullmatch(path.name), path) for path in directory.iterdir() if (path / MANIFEST).is_file()]
     return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer step changes, to save: `model.NAME` and `optimizer.NAME.exp_avg`, ... for each parameter."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    return tensors
-
-
-@torch.no_grad()
-def restore_training(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put back what `training_tensors` gave, in place, so that resuming needs no more memory than starting.
-
-    Optimizer state that is missing is left as it is. Raises KeyError when a parameter is missing.
-    """
-    for name, own in training_tensors(model, optimizer).items():
-        if name.startswith("model.") or name in tensors:
-            own.copy_(tensors[name])
-
-
-def rng_tensors(device: torch.device) -> dict[str, Tensor]:
-    """The state of PyTorch's random generators, as tensors to save: `rng.torch`, `rng.cuda.0`, ..."""
-    cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
-    return {"rng.torch": torch.get_rng_state(), **{f"rng.cuda.{n}": state for n, state in enumerate(cuda)}}
-
-
-def rng_meta() -> dict[str, object]:
-    """The state of Python's and NumPy's random generators, as JSON to save."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-    }
-
-
-def restore_rng(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], device: torch.device) -> None:
-    """Put every random generator back; CUDA's only when both runs are on as many GPUs.
-
-    `tensors` and `meta` are as `rng_tensors` and `rng_meta` made them.
-    """
-    torch.set_rng_state(tensors["rng.torch"].clone())
-    names = [f"rng.cuda.{n}" for n in range(sum(name.startswith("rng.cuda.") for name in tensors))]
-    if device.type == "cuda" and len(names) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([tensors[name].clone() for name in names])
-    version, words, gauss = meta["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = meta["numpy"]
-    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, rng
+from . import checkpoint, interchange, rng
 from .data import Tokens
 from .distributed import World
 from .errors import TrainerError
@@ -28,6 +28,17 @@ def tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return weights | moments
 
 
+@torch.no_grad()
+def put_back(saved: Mapping[str, Tensor], model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Take over what `tensors` gave, in place: it needs no more memory than starting.
+
+    Moments that are missing stay as they are. Raises KeyError when a weight is missing.
+    """
+    for name, own in tensors(model, optimizer).items():
+        if name.startswith("model.") or name in saved:
+            own.copy_(saved[name])
+
+
 def restore(
     loaded: checkpoint.Loaded,
     model: GPT,
@@ -36,10 +47,8 @@ def restore(
     device: torch.device,
     world: World,
 ) -> None:
-    """Take over weights, moments, loss scale and random state, in place: it needs no more memory than starting."""
-    with torch.no_grad():
-        for name, tensor in tensors(model, optimizer).items():
-            tensor.copy_(loaded.tensors[name])
+    """Take over weights, moments, loss scale and random state."""
+    put_back(loaded.tensors, model, optimizer)
     if loaded.meta["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(loaded.meta["scaler"])  # absent when the run was not in float16 before
     generators = loaded.meta["rng"]
@@ -77,21 +86,15 @@ def check_resumable(loaded: checkpoint.Loaded, shape: Shape, tokens: Tokens, now
     return differs
 
 
-def start_from(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> int:
-    """Take the weights of another program's checkpoint, and AdamW's state where it has one; the steps it had taken.
+def start_from(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> interchange.Foreign:
+    """Take the weights of another program's checkpoint, and AdamW's state where it has one.
 
     Raises TrainerError when it is of another shape, saying which settings would fit.
     """
-    from . import interchange  # only a first start needs it
-
     foreign = interchange.load(path)
-    if foreign.shape != model.shape:
-        needed = " ".join(
-            f"--{name}={value}" for name, value in asdict(foreign.shape).items() if asdict(model.shape)[name] != value
-        )
-        raise TrainerError(f"{path} is a model of another shape; start with {needed}")
-    own = tensors(model, optimizer)
-    with torch.no_grad():
-        for name, tensor in foreign.tensors.items():
-            own[name].copy_(tensor)
-    return foreign.step
+    own = asdict(model.shape)
+    needed = [f"--{name}={value}" for name, value in asdict(foreign.shape).items() if own[name] != value]
+    if needed:
+        raise TrainerError(f"{path} is a model of another shape; start with {' '.join(needed)}")
+    put_back(foreign.tensors, model, optimizer)
+    return foreign

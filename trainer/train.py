@@ -165,6 +165,8 @@ class Trainer:
             self.say(f"compile is not available: {missing}; training goes on without it")
             report.emit("unavailable", knob="compile", reason=missing)
         self.compiled = compile and not missing
+        if activation_memory_budget < 1 and not self.compiled:
+            self.say("activation_memory_budget is the compiler's, and nothing is compiled: it has no effect")
         if self.compiled:  # what is compiled stays with the run, so that the same again is quick, after a reboot too
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((self.out / "compile_cache").absolute()))
 
@@ -213,8 +215,10 @@ class Trainer:
             )
         elif init_from != "scratch":
             self.report.enter("resume", self.sizes[0])
-            self.progress.step = snapshot.start_from(Path(init_from), self.model, self.optimizer)
-            self.progress.sample = self.progress.step * self.global_rows
+            foreign = snapshot.start_from(Path(init_from), self.model, self.optimizer)
+            self.progress = Progress(foreign.step, foreign.step * self.global_rows)
+            for line in (*foreign.notes, f"started from {init_from} at step {foreign.step}"):
+                self.say(line)
         if init_from != "resume" and self.world.size > 1:
             torch.manual_seed(seed + 1 + self.world.rank)  # dropout differs between processes, the weights do not
         self.rng = RngState(self.device)
@@ -266,7 +270,7 @@ class Trainer:
                 self.log(loss_sum, context, clock.lap)
             else:
                 clock.stop()
-            self.tell_saved(self.checkpointer.poll())
+            self.collect_saved(self.checkpointer.poll)
 
             # ---- evaluate, save
             last = progress.step == max_iters
@@ -397,8 +401,8 @@ class Trainer:
             "config": self.settings(),
             "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]},
         }
-        tensors = snapshot.tensors(self.model, self.optimizer)
-        self.checkpointer.save(self.progress.step, tensors, meta)
+        self.collect_saved(self.checkpointer.wait)
+        self.checkpointer.save(self.progress.step, snapshot.tensors(self.model, self.optimizer), meta)
         self.saved_step = self.progress.step
 
     def tell_saved(self, saved: list[checkpoint.Saved]) -> None:
@@ -407,12 +411,14 @@ class Trainer:
             self.say(f"saved {one.path} ({one.bytes / 1e6:.1f} MB)")
             self.report.emit("checkpoint", step=one.step, path=str(one.path), bytes=one.bytes)
 
-    def finish_saving(self) -> None:
-        """Let a checkpoint that is being written become whole; called when all else has failed already."""
+    def collect_saved(self, collect: Callable[[], list[checkpoint.Saved]]) -> None:
+        """As `tell_saved`; a checkpoint that could not be written costs only itself, and training goes on."""
         try:
-            self.tell_saved(self.checkpointer.wait())
-        except (OSError, TrainerError) as error:
-            self.say(f"the checkpoint of step {self.saved_step} was not written: {error}")
+            self.tell_saved(collect())
+        except checkpoint.SaveFailed as error:
+            self.say(f"not saved: {error}")
+            self.report.emit("checkpoint_failed", step=self.saved_step, message=str(error))
+            self.saved_step = -1
 
     def resume(self) -> None:
         """Take everything from the checkpoint; hyperparameters are this run's own."""
@@ -491,7 +497,7 @@ def main(arguments: list[str]) -> None:
             raise
         alone = trainer.world.size == 1
         if not (alone and is_out_of_memory(error) and trainer.can_rescue()):
-            trainer.finish_saving()
+            trainer.collect_saved(trainer.checkpointer.wait)
             if alone:
                 raise
             traceback.print_exc()

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 from gpusup.supervisor import checkpoints as supervisor
-from gpusup.trainer import checkpoint, checkpoint_writer, safetensors_file
+from gpusup.trainer import checkpoint, checkpoint_writer, rng, safetensors_file
 from gpusup.trainer.checkpoint import Checkpointer, Saved, SaveFailed
 from gpusup.trainer.errors import TrainerError
+from gpusup.trainer.rng import RngState
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -278,11 +279,11 @@ def test_random_generators_continue_after_save_and_load(tmp_path: Path) -> None:
     random.gauss(0.0, 1.0)
     np.random.normal()  # leaves a second value for the next call
     checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(1, checkpoint.rng_tensors(CPU), {"rng": checkpoint.rng_meta()})
+    checkpointer.save(1, {"model.a": torch.ones(3)}, {"rng": RngState(CPU).to_json()})
     (saved,) = checkpointer.wait()
     drawn = draw()
     loaded = checkpoint.load(saved.path)
-    checkpoint.restore_rng(loaded.tensors, loaded.meta["rng"], CPU)
+    rng.restore(loaded.meta["rng"], CPU)
     assert draw() == drawn
 
 

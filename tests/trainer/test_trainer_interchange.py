@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpusup.trainer import checkpoint, interchange, safetensors_file
+from gpusup.trainer import checkpoint, interchange, safetensors_file, snapshot
 from gpusup.trainer.errors import TrainerError
 from gpusup.trainer.model import GPT, Shape
 from torch import Tensor
@@ -35,7 +35,7 @@ def saved(folder: Path, model: GPT, optimizer: torch.optim.AdamW, **meta: object
     config = {"learning_rate": 1e-2, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "dropout": 0.0, "device": "cpu"}
     checkpointer = checkpoint.Checkpointer(folder)
     content = {"shape": asdict(model.shape), "config": config, "best_val_loss": 2.5, **meta}
-    checkpointer.save(3, checkpoint.training_tensors(model, optimizer), content)
+    checkpointer.save(3, snapshot.tensors(model, optimizer), content)
     (done,) = checkpointer.wait()
     return done.path
 
@@ -73,14 +73,14 @@ def gpt2_logits(weights: dict[str, Tensor], n_layer: int, n_head: int, transpose
 def assert_same_training(foreign: interchange.Foreign, model: GPT, optimizer: torch.optim.AdamW) -> None:
     """Applied to a fresh model, it is the one that was exported, and its next update too."""
     fresh, its_optimizer = trained(model.shape.bias)
-    for tensor in checkpoint.training_tensors(fresh, its_optimizer).values():
+    for tensor in snapshot.tensors(fresh, its_optimizer).values():
         tensor.detach().zero_()
-    checkpoint.restore_training(foreign.tensors, fresh, its_optimizer)
+    snapshot.put_back(foreign.tensors, fresh, its_optimizer)
     for each, adamw in ((model, optimizer), (fresh, its_optimizer)):
         adamw.zero_grad()
         each(INPUTS, INPUTS.roll(1)).backward()
         adamw.step()
-    own, other = checkpoint.training_tensors(model, optimizer), checkpoint.training_tensors(fresh, its_optimizer)
+    own, other = snapshot.tensors(model, optimizer), snapshot.tensors(fresh, its_optimizer)
     assert all(torch.equal(tensor, other[name]) for name, tensor in own.items())
 
 
@@ -121,7 +121,7 @@ def test_export_to_hugging_face_computes_the_same_and_comes_back_bit_for_bit(tmp
     for place in (tmp_path / "hf", tmp_path / "hf" / "model.safetensors"):
         foreign = interchange.load(place)
         assert (foreign.shape, foreign.step, foreign.notes) == (model.shape, 0, ())
-        own = {name: value for name, value in checkpoint.training_tensors(model, optimizer).items() if "model." in name}
+        own = {name: value for name, value in snapshot.tensors(model, optimizer).items() if "model." in name}
         assert foreign.tensors.keys() == own.keys()
         assert all(torch.equal(foreign.tensors[name], value) for name, value in own.items())
 
