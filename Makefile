@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
+NANOGPT ?= nanoGPT
+PEER_PYTHON ?= python3  # one that can import `datasets`, for nanoGPT's way of preparing text
 CODE := supervisor trainer policies tests bench data
 
-.PHONY: help install demo test lint types imports soak bench gpu-test clean
+.PHONY: help install demo test lint types imports soak bench bench-trainer gpu-test clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,7 +18,7 @@ install: $(VENV)/.installed  ## make .venv with everything in it
 # Editable, so that the folders here are what runs; torch is pinned by constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trainer,offline-bpe,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[trainer,offline-bpe,fast-bpe,dev]'
 	touch $@
 
 demo: install  ## the whole story in a few minutes, with real allocation failures, on the CPU
@@ -45,6 +47,9 @@ soak: install  ## long tests: minutes to hours
 
 bench: install  ## figures, printed: start-up times and memory
 	$(BIN)/python bench/startup.py
+
+bench-trainer: install  ## the reference trainer beside nanoGPT, in one table: NANOGPT=a checkout of it; an hour
+	$(BIN)/python bench/trainer.py --nanogpt $(NANOGPT) --peer-python $(PEER_PYTHON)
 
 gpu-test: install  ## needs an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu

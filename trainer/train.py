@@ -44,7 +44,7 @@ from .update import Update
 # ---- settings: constants only, so that they can be read without running this file
 # files
 out_dir = "out"  # where checkpoints go
-data_dir = "data/prose"  # holds the token files made by prepare.py
+data_dir = "data/prose"  # holds the tokens made by prepare.py
 init_from = "scratch"  # scratch, resume, or a checkpoint of nanoGPT (ckpt.pt) or Hugging Face's GPT-2 (its folder)
 resume_from = ""  # with init_from=resume: the checkpoint to load; empty means the newest in out_dir
 # how often, in optimizer steps
