@@ -30,6 +30,7 @@ import pyarrow
 import pyarrow.parquet
 from gpusup.trainer import bpe
 from gpusup.trainer.shards import SPLITS, open_stream
+from table import row
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 2
@@ -217,6 +218,50 @@ def table(ways: list[Way], text_bytes: int) -> None:
         )
 
 
+def rows(ways: list[Way]) -> None:
+    """In the common table: how many times the peer's speed, and how much memory."""
+    peer, *own = ways
+    for way, wanted in zip(own, (">= 2.0", ">= 10.0"), strict=True):
+        times = [base / mine for base, mine in zip(peer.wall_s, way.wall_s, strict=True)]
+        rates = [f"{one.tokens / median(one.wall_s) / 1e6:.2f} Mtok/s" for one in (way, peer)]
+        row(f"{way.name}: tokens/s, {WORKERS} workers", *rates, times, wanted)
+        peaks = [max(one.peak_bytes) / 2**30 for one in (way, peer)]
+        row(f"{way.name}: peak, GiB", *(f"{peak:.2f} GiB" for peak in peaks), peaks[:1], "<= 1.0")
+
+
+def measure(peer_python: Path | None, megabytes: int, rounds: int, given: Path | None, folder: Path) -> list[Way]:
+    """Run all ways in turn, `rounds` times, on `given` or on a corpus made up here; prints what was compared."""
+    corpus, script = folder / "corpus.parquet", folder / "peer.py"
+    if given:
+        shutil.copy(given, corpus)
+        text_bytes = sum(map(len, pyarrow.parquet.read_table(corpus)["text"].cast("binary").to_pylist()))
+        print(f"{given.name}: {text_bytes / 1e6:.0f} MB of text; {WORKERS} workers", flush=True)
+    else:
+        text_bytes, unique_bytes = build_corpus(corpus, megabytes * 1_000_000)
+        unique = f"{unique_bytes / 1e6:.0f} MB of it unique"
+        print(f"{text_bytes / 1e6:.0f} MB of text, {unique}; {WORKERS} workers", flush=True)
+    script.write_text(PEER_SCRIPT)
+    ways = []
+    if peer_python:
+        command = [str(peer_python), str(script), str(corpus), str(folder / "peer"), str(WORKERS)]
+        ways.append(Way(PEER, command, folder / "peer"))
+    for encoder in ("tiktoken", "gigatoken"):
+        own = [str(corpus), "-o", str(folder / encoder), "--workers", str(WORKERS), "--encoder", encoder]
+        command = [sys.executable, str(ROOT / "trainer" / "prepare.py"), *own]
+        ways.append(Way(f"prepare.py, {encoder}", command, folder / encoder))
+    environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tiktoken_cache(folder / "bpe")), "HF_HUB_OFFLINE": "1"}
+    for _ in range(rounds):
+        for way in ways:
+            way.run(environment)
+            print(f"  {way.name}: {way.wall_s[-1]:.1f} s", file=sys.stderr, flush=True)
+    for way in ways:
+        way.check()
+    table(ways, text_bytes)
+    same = len({way.tokens for way in ways}) == 1 and len({way.digest for way in ways if way.digest}) == 1
+    print("the tokens are the same" if same else f"the tokens DIFFER: {[(way.name, way.tokens) for way in ways]}")
+    return ways
+
+
 def main() -> None:
     """Build the corpus, run, print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -226,35 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        corpus, script = folder / "corpus.parquet", folder / "peer.py"
-        if options.corpus:
-            shutil.copy(options.corpus, corpus)
-            text_bytes = sum(map(len, pyarrow.parquet.read_table(corpus)["text"].cast("binary").to_pylist()))
-            print(f"{options.corpus.name}: {text_bytes / 1e6:.0f} MB of text; {WORKERS} workers", flush=True)
-        else:
-            text_bytes, unique_bytes = build_corpus(corpus, options.megabytes * 1_000_000)
-            unique = f"{unique_bytes / 1e6:.0f} MB of it unique"
-            print(f"{text_bytes / 1e6:.0f} MB of text, {unique}; {WORKERS} workers", flush=True)
-        script.write_text(PEER_SCRIPT)
-        ways = []
-        if options.peer_python:
-            command = [str(options.peer_python), str(script), str(corpus), str(folder / "peer"), str(WORKERS)]
-            ways.append(Way(PEER, command, folder / "peer"))
-        for encoder in ("tiktoken", "gigatoken"):
-            own = [str(corpus), "-o", str(folder / encoder), "--workers", str(WORKERS), "--encoder", encoder]
-            command = [sys.executable, str(ROOT / "trainer" / "prepare.py"), *own]
-            ways.append(Way(f"prepare.py, {encoder}", command, folder / encoder))
-        environment = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tiktoken_cache(folder / "bpe")), "HF_HUB_OFFLINE": "1"}
-        for _ in range(options.rounds):
-            for way in ways:
-                way.run(environment)
-                print(f"  {way.name}: {way.wall_s[-1]:.1f} s", file=sys.stderr, flush=True)
-        for way in ways:
-            way.check()
-        table(ways, text_bytes)
-        same = len({way.tokens for way in ways}) == 1 and len({way.digest for way in ways if way.digest}) == 1
-        print("the tokens are the same" if same else f"the tokens DIFFER: {[(way.name, way.tokens) for way in ways]}")
+        measure(options.peer_python, options.megabytes, options.rounds, options.corpus, Path(name))
 
 
 if __name__ == "__main__":

@@ -48,16 +48,20 @@ def injected(folder: Path, tokens: Path, place: str) -> str:
     return f"{FAILS_AT - resumed} steps lost, exit {first.status}"
 
 
+def rows(count: int) -> None:
+    """A line for each place, and one for the kills."""
+    with tempfile.TemporaryDirectory() as name:
+        tokens = write_tokens(Path(name, "tokens"), 256)
+        for number, place in enumerate(PLACES):
+            print(f"{'out of memory in ' + place:<50} | {injected(Path(name, str(number)), tokens, place)}", flush=True)
+        print(f"{'SIGKILL at random moments':<50} | {kills(Path(name, 'kills'), tokens, count)}", flush=True)
+
+
 def main() -> None:
     """Print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        tokens = write_tokens(Path(name, "tokens"), 256)
-        for number, place in enumerate(PLACES):
-            print(f"{'out of memory in ' + place:<58} {injected(Path(name, str(number)), tokens, place)}", flush=True)
-        print(f"{'SIGKILL at random moments':<58} {kills(Path(name, 'kills'), tokens, arguments.kills)}", flush=True)
+    rows(parser.parse_args().kills)
 
 
 if __name__ == "__main__":
