@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "gradient_accumulation_steps": 1}
 WARM_UP = 2  # steps not counted
 STEPS = 8
-PAIRS = 5
+PAIRS = 3
 STEP = re.compile(r"(iter|step) \d+(/\d+)?: loss ")  # a line that ends an optimizer step
 DEADLINE_S = 600
 DTYPE_IGNORED = "ctx = nullcontext() if device_type == 'cpu' else"

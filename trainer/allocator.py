@@ -1,5 +1,6 @@
-"""PyTorch's CUDA allocator: which way of getting memory from the driver suits this machine."""
+"""Where memory comes from: which way of getting it suits this machine."""
 
+import ctypes
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -26,3 +27,18 @@ def use_expandable_segments(
         return False
     environment[VARIABLES[0]] = "expandable_segments:True"
     return True
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+
+
+def keep_freed_memory(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Let glibc keep what is freed for the next allocation; whether it now does. For training on a CPU.
+
+    Otherwise the activations of every step go back to the kernel, which clears them again page by page for the next.
+    It leaves alone what the user has set, such as a supervisor's memory limit, and other C libraries.
+    """
+    if any(name.startswith("MALLOC_") for name in environment):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(*option) for option in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)))

@@ -38,8 +38,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(rows, tokens, n_embd) -> the same."""
         rows, tokens, width = x.shape
-        heads = self.qkv(x).view(rows, tokens, 3, self.n_head, width // self.n_head)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (rows, n_head, tokens, width / n_head)
+        heads = (part.view(rows, tokens, self.n_head, -1).transpose(1, 2) for part in self.qkv(x).split(width, dim=2))
+        query, key, value = heads  # each (rows, n_head, tokens, width / n_head)
         drop = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=drop, is_causal=True)
         return cast(Tensor, self.out(mixed.transpose(1, 2).reshape(rows, tokens, width)))

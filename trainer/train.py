@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, distributed, flops, options, schedule, snapshot
-from .allocator import use_expandable_segments
+from .allocator import keep_freed_memory, use_expandable_segments
 from .clock import StepClock, duration
 from .data import Tokens
 from .errors import TrainerError
@@ -165,6 +165,8 @@ class Trainer:
             self.say(f"compile is not available: {missing}; training goes on without it")
             report.emit("unavailable", knob="compile", reason=missing)
         self.compiled = compile and not missing
+        if self.device.type == "cpu" and not self.compiled:  # compiled code allocates little
+            keep_freed_memory()
         if activation_memory_budget < 1 and not self.compiled:
             self.say("activation_memory_budget is the compiler's, and nothing is compiled: it has no effect")
         if self.compiled:  # what is compiled stays with the run, so that the same again is quick, after a reboot too
