@@ -22,7 +22,7 @@ from gpusup.trainer.optimizer import AdamW
 from gpusup.trainer.rng import RngState
 from table import header, row
 
-ROWS, TOKENS = 12, 256
+ROWS, TOKENS = 4, 256
 SHAPE = Shape(n_layer=6, n_head=6, n_embd=384, block_size=TOKENS, vocab_size=50304, bias=False)
 
 

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+def seed(number: int) -> None:
+    """Start every generator from the same number."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+
+
 class RngState:
     """What PyTorch, Python and NumPy would draw next."""
 

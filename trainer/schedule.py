@@ -9,6 +9,11 @@ def micro_batches(global_batch_size: int, batch_size: int) -> list[int]:
     return [batch_size] * full + [rest] * (rest > 0)
 
 
+def is_due(interval: int, step: int) -> bool:
+    """Whether something done every `interval` steps is done after `step`; 0 means never."""
+    return interval > 0 and step % interval == 0
+
+
 def stages(start: int, block_size: int) -> list[int]:
     """Block sizes of a warm-up by doublings; `start` 0 means none. ValueError when doublings miss `block_size`."""
     if start == 0:

@@ -1,9 +1,11 @@
 """What a checkpoint holds of a run, and how a run takes it back."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,11 @@ def restore(
         rng.restore(generators[world.rank], device)
     else:  # other processes, other shares of the samples: dropout cannot be the same, and must differ between them
         torch.manual_seed(loaded.step * world.size + world.rank)
+
+
+def versions() -> dict[str, str]:
+    """Of what computes: the same ones are needed for the same bits."""
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
 def check_resumable(loaded: checkpoint.Loaded, shape: Shape, tokens: Tokens, now: Mapping[str, object]) -> list[str]:

@@ -12,7 +12,6 @@ stops. Exit status: 0 done, 1 an exception (with its traceback), 2 something in 
 
 import gc
 import os
-import random
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,11 +23,10 @@ if not __package__:  # run by path: what must be importable is this package, not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     __package__ = "trainer"
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, distributed, flops, options, schedule, snapshot
+from . import checkpoint, distributed, flops, options, rng, schedule, snapshot
 from .allocator import keep_freed_memory, use_expandable_segments
 from .clock import StepClock, duration
 from .data import Tokens
@@ -177,9 +175,7 @@ class Trainer:
         self.val_tokens = Tokens.open(Path(data_dir), "val", block_size, vocab_size) if eval_interval else None
 
         # ---- model, optimizer
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        rng.seed(seed)
         self.shape = Shape(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size, bias=bias
         )
@@ -276,14 +272,14 @@ class Trainer:
 
             # ---- evaluate, save
             last = progress.step == max_iters
-            evaluated = is_due(eval_interval, progress.step) or (last and eval_interval > 0)
+            evaluated = schedule.is_due(eval_interval, progress.step) or (last and eval_interval > 0)
             if evaluated:
                 self.evaluate(context, stop)
-            if last or (is_due(checkpoint_interval, progress.step) if checkpoint_interval else evaluated):
+            if last or (schedule.is_due(checkpoint_interval, progress.step) if checkpoint_interval else evaluated):
                 self.save(context)
 
         # ---- how it ended
-        if progress.step < max_iters and self.saved_step != progress.step:
+        if progress.step < max_iters and self.world.any(self.saved_step != progress.step):
             self.save(context or self.sizes[0])
         self.tell_saved(self.checkpointer.wait())
         report.leave()
@@ -390,6 +386,7 @@ class Trainer:
         self.report.enter("checkpoint", context)
         generators = self.world.gather(self.rng.to_json())
         if not self.world.first:
+            self.saved_step = self.progress.step
             return
         self.report.emit("checkpoint_begun")
         meta = {
@@ -401,7 +398,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "rng": generators,
             "config": self.settings(),
-            "versions": {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]},
+            "versions": snapshot.versions(),
         }
         self.collect_saved(self.checkpointer.wait)
         self.checkpointer.save(self.progress.step, snapshot.tensors(self.model, self.optimizer), meta)
@@ -435,9 +432,9 @@ class Trainer:
             self.say(line)
 
     def can_rescue(self) -> bool:
-        """Whether the state as of the last completed step is still whole, and not on disk already by definition."""
-        begun = self.progress.step > 0
-        return begun and (self.report.part != "optimizer" or self.update.untouched_since(self.applied))
+        """Whether a step was completed, and memory still holds the state as it was then."""
+        whole = self.report.part != "optimizer" or self.update.untouched_since(self.applied)
+        return whole and self.progress.step > 0
 
     def rescue(self) -> NoReturn:
         """After running out of memory: save the state as of the last completed step, and leave with status 75.
@@ -460,25 +457,15 @@ class Trainer:
         raise SystemExit(EXIT_OOM_SAVED)
 
     def say(self, line: str) -> None:
-        """Print, once for all processes."""
+        """Print at once, whoever is reading, and once for all processes."""
         if self.world.first:
-            say(line)
-
-
-def is_due(interval: int, step: int) -> bool:
-    """Whether something done every `interval` steps is done after `step`; 0 means never."""
-    return interval > 0 and step % interval == 0
-
-
-def say(line: str) -> None:
-    """Print at once, whoever is reading."""
-    print(line, flush=True)
+            print(line, flush=True)
 
 
 def main(arguments: list[str]) -> None:
     """Configure, train, and report how it ended."""
     if "--help" in arguments or "-h" in arguments:
-        say(f"{__doc__}\nSettings and their defaults:\n\n{options.describe(KNOBS)}")
+        print(f"{__doc__}\nSettings and their defaults:\n\n{options.describe(KNOBS)}")
         return
     report = Reporter.from_environment()
     stop = StopRequest()
