@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 20  # small enough to stay in a core's cache from the copy through the checksum to the disk
 BLOCK_BYTES = 4096  # what direct writes are aligned to
 SMALL_BYTES = 64 << 10  # tensors up to this size are copied at once
-PATIENCE_S = 0.1  # how long an update helps writing before it copies the rest instead
+PATIENCE_S = 0.3  # how long an update helps writing before it copies the rest instead
 NICENESS = 10  # of the thread: a tenth of a core where training wants all of it
 STACK_BYTES = 1 << 20  # of the thread; the default of 8 MiB counts against a memory limit
 

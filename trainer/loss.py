@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812  (the name everybody knows it
 # so many that products run at full speed. Chunks small enough for a CPU's cache are slower than these, because each one
 # adds to the whole gradient of the weight.
 CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
+LEAST_CHUNK_LOGITS = 2**22  # fewer are not worth a chunk; up to that, a chunk is a quarter of a micro-batch at most
 # float16 loses what is below 6e-8, as most probabilities in a large vocabulary are: its gradients are held times this.
 FLOAT16_SCALE = 1024.0
 SMALLEST = 1e-30  # probability whose logarithm float32 still gives exactly
@@ -126,7 +127,9 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def rows_in_chunk(rows: int, vocab_size: int, chunks: int, device: str) -> int:
     """Rows in each chunk; the last may have fewer. `chunks` 0: of one size if possible, as code is compiled for one."""
     if chunks == 0:
-        least = -(-rows * vocab_size // CHUNK_LOGITS[device])
+        logits = rows * vocab_size
+        most = max(min(CHUNK_LOGITS[device], logits // 4), LEAST_CHUNK_LOGITS)
+        least = -(-logits // most)
         chunks = next((number for number in range(least, 2 * least) if rows % number == 0), least)
     return -(-rows // min(chunks, rows))
 

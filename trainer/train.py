@@ -163,7 +163,7 @@ class Trainer:
             self.say(f"compile is not available: {missing}; training goes on without it")
             report.emit("unavailable", knob="compile", reason=missing)
         self.compiled = compile and not missing
-        if self.device.type == "cpu" and not self.compiled:  # compiled code allocates little
+        if self.device.type == "cpu":
             keep_freed_memory()
         if activation_memory_budget < 1 and not self.compiled:
             self.say("activation_memory_budget is the compiler's, and nothing is compiled: it has no effect")
