@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "trainer")]
+sys.path.insert(0, str(ROOT / "tests" / "trainer"))
 
 from conftest import write_tokens  # noqa: E402
 from test_trainer_kills import SETTINGS as KILLED  # noqa: E402
