@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import safetensors_file
+from .durable import sync_directory
 from .host_memory import headroom_bytes
 
 VERSION = 1
@@ -243,15 +244,6 @@ def discard_if_dead(partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     except OSError:
         pass  # locked by its writer, or locks are not known here
-    finally:
-        os.close(fd)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
     finally:
         os.close(fd)
 

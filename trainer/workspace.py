@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .durable import sync_directory
 from .errors import TrainerError
 from .shards import SPLITS, TOKEN, Header, header_bytes, shard_name
 
@@ -191,13 +192,13 @@ class Workspace:
             (self.out / META).unlink(missing_ok=True)  # it never describes other tokens than those beside it
             for path in self._tokens(self.out):
                 path.unlink(missing_ok=True)
-            _sync_folder(self.out)
+            sync_directory(self.out)
             progress.stage = MOVING
             self._write("progress.json", asdict(progress))
         for path in [*self._tokens(self.folder), self.folder / META]:
             if path.exists():
                 path.replace(self.out / path.name)
-        _sync_folder(self.out)
+        sync_directory(self.out)
         self.discard()
 
     def discard(self) -> None:
@@ -215,7 +216,7 @@ class Workspace:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.folder / name)
-        _sync_folder(self.folder)
+        sync_directory(self.folder)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -235,12 +236,3 @@ def _difference(earlier: dict[str, Any], plan: dict[str, Any]) -> str:
     if len(before) != len(now):
         return f"{len(before)} sources then, {len(now)} now"
     return next(f"{new['name']} is not the same file" for old, new in zip(before, now, strict=True) if old != new)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
