@@ -5,6 +5,11 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+PAGE_BYTES = 4096
+
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the older name first: every version reads it
 # Kernels on which expandable segments fail at the first allocation (WSL2) or are not supported (Jetson boards).
 UNFIT_KERNELS = ("microsoft", "tegra")
@@ -42,3 +47,15 @@ def keep_freed_memory(environment: MutableMapping[str, str] = os.environ) -> boo
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(*option) for option in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)))
+
+
+def empty_at_page(like: Tensor) -> Tensor:
+    """An uninitialised tensor of the same shape, kind and device; on a CPU it begins at a page of memory.
+
+    From there a checkpoint can be written to the disk without a copy.
+    """
+    if like.device.type != "cpu":
+        return torch.empty_like(like)
+    memory = torch.empty(like.nbytes + PAGE_BYTES, dtype=torch.uint8)
+    begin = -memory.data_ptr() % PAGE_BYTES
+    return memory[begin : begin + like.nbytes].view(like.dtype).view(like.shape)

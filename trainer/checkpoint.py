@@ -9,12 +9,12 @@ import re
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isal import isal_zlib  # the CRC-32 of zlib, five times faster
 from torch import Tensor
 
 from . import safetensors_file
@@ -230,7 +230,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         content = (path / MANIFEST).read_bytes()
         manifest = json.loads(content)
         before = content[: content.rindex(b'"crc32": ')]
-        if int(manifest["crc32"], 16) != zlib.crc32(before):
+        if int(manifest["crc32"], 16) != isal_zlib.crc32(before):
             raise ValueError("its checksum does not match")
         if manifest["format"] != "gpusup checkpoint":
             raise ValueError("it is of another format")
@@ -245,7 +245,7 @@ def _verify(path: Path, size_bytes: int, crc32: int) -> None:
     piece = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(piece):
-            found = zlib.crc32(piece[:count], found)
+            found = isal_zlib.crc32(piece[:count], found)
             found_bytes += count
     if found_bytes != size_bytes:
         raise ValueError(f"{path.name} has {found_bytes} bytes, not {size_bytes}")

@@ -1,8 +1,8 @@
 """Writing a checkpoint while training goes on, with no second copy of the model in memory.
 
 Parameters and optimizer state change only inside an optimizer step. So a thread of low priority writes straight
-from them during the forward and backward passes that follow, a megabyte at a time, past the page cache. Whoever is
-about to change them calls `release` first, which writes or copies what is still missing.
+from them during the forward and backward passes that follow, past the page cache. Whoever is about to change them
+calls `release` first, which writes or copies what is still missing.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import os
 import shutil
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 from . import safetensors_file
@@ -31,7 +31,8 @@ VERSION = 1
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
 PIECE_BYTES = 1 << 20  # small enough to stay in a core's cache from the copy through the checksum to the disk
-BLOCK_BYTES = 4096  # what direct writes are aligned to
+DIRECT_BYTES = 16 << 20  # of one write without a copy: few writes, and an update waits for no more than one
+BLOCK_BYTES = 4096  # what direct writes are aligned to, in memory and in the file
 SMALL_BYTES = 64 << 10  # tensors up to this size are copied at once
 PATIENCE_S = 0.3  # how long an update helps writing before it copies the rest instead
 NICENESS = 10  # of the thread: a tenth of a core where training wants all of it
@@ -51,24 +52,44 @@ class Source:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def take(self, piece: Tensor) -> int:
-        """Copy the next bytes into `piece` (uint8, on the host) until it is full; their number."""
+    def take(self, piece: Tensor) -> tuple[Tensor, int]:
+        """The next bytes, and their number: a tensor's own memory where the disk can be written from it.
+
+        Otherwise they are copied into `piece` (uint8, on the host), which only the last time may stay less than full.
+        """
+        if direct_bytes := self._direct_bytes():
+            return self._next(direct_bytes), direct_bytes
         filled = 0
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            while self._rest and filled < piece.nbytes:
-                flat = self._rest.popleft()
-                count = min(flat.nbytes, piece.nbytes - filled)
+            while self.left_bytes and filled < piece.nbytes:
+                if filled % BLOCK_BYTES == 0 and self._direct_bytes():
+                    break
+                flat = self._next(piece.nbytes - filled)
+                place = piece[filled : filled + flat.nbytes]
                 if flat.is_cuda:
-                    piece[filled : filled + count].copy_(flat[:count], non_blocking=True)
+                    place.copy_(flat, non_blocking=True)
                 else:  # by NumPy, which does not wake PyTorch's threads for it
-                    piece.numpy()[filled : filled + count] = flat[:count].numpy()
-                if count < flat.nbytes:
-                    self._rest.appendleft(flat[count:])
-                filled += count
+                    place.numpy()[:] = flat.numpy()
+                filled += flat.nbytes
         if self._stream:
             self._stream.synchronize()
-        self.left_bytes -= filled
-        return filled
+        return piece, filled
+
+    def _direct_bytes(self) -> int:
+        """How many of the next bytes can be written from where they are; 0 when they have to be copied."""
+        if not self._rest or self._rest[0].is_cuda or self._rest[0].data_ptr() % BLOCK_BYTES:
+            return 0
+        whole_bytes = self._rest[0].nbytes - self._rest[0].nbytes % BLOCK_BYTES
+        return min(whole_bytes, DIRECT_BYTES)
+
+    def _next(self, most_bytes: int) -> Tensor:
+        """Take the next bytes of one tensor, at most so many."""
+        flat = self._rest.popleft()
+        if flat.nbytes > most_bytes:
+            self._rest.appendleft(flat[most_bytes:])
+            flat = flat[:most_bytes]
+        self.left_bytes -= flat.nbytes
+        return flat
 
     def copy_rest(self) -> None:
         """Hold copies on the host of what is left, so that the tensors may change."""
@@ -97,8 +118,8 @@ class SequentialFile:
                 raise
 
     def write(self, piece: memoryview, used: int) -> None:
-        """Append the first `used` bytes of `piece`; only the last piece may be less than full."""
-        self.crc32 = zlib.crc32(piece[:used], self.crc32)
+        """Append the first `used` bytes of `piece`; all but the last are whole blocks, and that is written as some."""
+        self.crc32 = isal_zlib.crc32(piece[:used], self.crc32)
         end = used + -used % BLOCK_BYTES  # what is too much is cut off in `finish`
         done = 0
         while done < end:
@@ -179,9 +200,9 @@ class Write:
                 if self._file is None:
                     self._open()
                     self._file = SequentialFile(self._partial / STATE, self.size_bytes)
-                used = self._source.take(self._piece)
+                piece, used = self._source.take(self._piece)
                 if used:
-                    self._file.write(self._piece.numpy().data, used)
+                    self._file.write(piece.numpy().data, used)
             except Exception as error:
                 self.failure = error
             return self.failure is None and self._source.left_bytes > 0
@@ -224,7 +245,7 @@ def manifest(step: int, files: Mapping[str, object], meta: str) -> bytes:
         f'{{\n"format": "gpusup checkpoint",\n"version": {VERSION},\n"step": {step},\n'
         f'"files": {json.dumps(files)},\n"meta": {meta},\n'
     ).encode()
-    return text + f'"crc32": "{zlib.crc32(text):08x}"}}\n'.encode()
+    return text + f'"crc32": "{isal_zlib.crc32(text):08x}"}}\n'.encode()
 
 
 def discard(path: Path) -> None:

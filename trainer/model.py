@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812  (the name everybody knows it
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from .allocator import empty_at_page
 from .loss import ChunkedCrossEntropy
 
 
@@ -87,6 +88,7 @@ class GPT(nn.Module):
             model = cls(shape, dropout, **options)
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in model.named_parameters():
+            parameter.data = empty_at_page(parameter)
             initialize(name, parameter, shape.n_layer, generator)
         return model
 

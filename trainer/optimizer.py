@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .allocator import empty_at_page
+
 
 class AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW with its state allocated at once, so that the first step needs no more memory than others.
@@ -23,8 +25,8 @@ class AdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 self.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg": empty_at_page(parameter).zero_(),
+                    "exp_avg_sq": empty_at_page(parameter).zero_(),
                 }
 
     @torch.no_grad()

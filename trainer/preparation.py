@@ -10,7 +10,6 @@ import hashlib
 import json
 import sys
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+from isal import isal_zlib
 
 from . import bpe, encoder, sources
 from .errors import TrainerError
@@ -214,7 +214,7 @@ def tasks(opened: Sequence[ParquetSource | BinSource], begin: Progress, val_frac
                     continue
                 checksum = 0
                 for part in source.text(document):
-                    checksum = zlib.crc32(part, checksum)
+                    checksum = isal_zlib.crc32(part, checksum)
                     done.text_bytes += len(part)
                 split = int(belongs_to_validation(checksum, val_fraction))
                 done.documents[split] += 1

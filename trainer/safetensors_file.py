@@ -41,10 +41,11 @@ def bytes_of(tensor: Tensor) -> Tensor:
 def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> tuple[Tensor, list[Tensor]]:
     """The head of the file (uint8) and the tensors in the order in which their bytes follow it.
 
-    Widest items first, so that every tensor begins at a multiple of its item size and can be used where it is mapped.
+    Widest items first, so that every tensor begins at a multiple of its item size and can be used where it is mapped;
+    of those, first what fills whole pages, so that it can be written from memory as it is.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, tensors[name].nbytes % PAGE_BYTES > 0))
     end = 0
     for name in names:
         tensor, begin = tensors[name], end
