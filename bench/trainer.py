@@ -28,9 +28,9 @@ def main() -> None:
     repeats = 1 if options.quick else trainer_speed.PAIRS
     table.header()
     trainer_speed.rows(options.nanogpt, repeats)
-    checkpoint_stall.rows(3 if options.quick else 12)
+    checkpoint_stall.rows(3 if options.quick else 24)
     with tempfile.TemporaryDirectory() as name:
-        ways = prepare.measure(options.peer_python, 20 if options.quick else 150, min(repeats, 3), None, Path(name))
+        ways = prepare.measure(options.peer_python, 20 if options.quick else 300, min(repeats, 3), None, Path(name))
     prepare.rows(ways)
     trainer_recovery.rows(5 if options.quick else 100)
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from gpusup.supervisor.commands.diagnose import Report
 from gpusup.supervisor.core.events import AnyEvent
 from gpusup.supervisor.core.run_log import RunLog
 
 FOLDER = Path(__file__).parents[1] / "supervisor" / "schemas"
 SCHEMAS: dict[str, tuple[Any, str]] = {
     "log-v1.json": (RunLog, "gpusup log RUN -o json"),
+    "diagnosis-v1.json": (Report, "gpusup diagnose LOG --json"),
     "journal-v1.json": (AnyEvent, "one line of a run's journal.jsonl"),
 }
 

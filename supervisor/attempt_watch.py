@@ -195,6 +195,8 @@ class AttemptWatch:
             exit=ended.exit,
             step=self._reports.step,
             diagnosis=str(diagnosis.kind),
+            cause=str(diagnosis.cause),
+            sources=diagnosis.sources,
             message=_how_it_ended(ended, diagnosis),
             phase=diagnosis.phase or (failure.phase if failure else None),
             peak_bytes=self._peak_bytes(),
@@ -209,16 +211,20 @@ class AttemptWatch:
         return diagnosis.kind == "device_oom" or (diagnosis.kind == "host_oom" and limited)
 
     def _diagnose(self, ended: Ended) -> Diagnosis:
-        from .core.diagnosis import clean_lines, diagnose  # compiling its patterns takes longer than starting a trainer
+        # Compiling the patterns takes longer than starting a trainer.
+        from .core.diagnosis import clean_lines, diagnose
+        from .exception_records import read_failure
 
         kills = host.oom_kills()
         delta = 0 if kills is None or self._oom_kills is None else max(0, kills - self._oom_kills)
+        failed = ended.exit not in (ExitStatus(), ExitStatus(code=0))
+        written = read_failure(self.directory, self.process.pid) if failed and self._reports.failure is None else None
         return diagnose(
             Evidence(
                 exit=ended.exit,
                 stderr=clean_lines(last_bytes(self.directory / "stderr.log", EVIDENCE_BYTES)),
                 stdout=clean_lines(last_bytes(self.directory / "stdout.log", EVIDENCE_BYTES)),
-                failure=self._reports.failure,
+                failure=self._reports.failure or written,
                 trains_on=self.run.trains_on,
                 host_oom_kills=delta,
             )
@@ -235,6 +241,8 @@ class AttemptWatch:
         return OomDetected(
             attempt=self.n,
             diagnosis=str(diagnosis.kind),
+            cause=str(diagnosis.cause),
+            sources=diagnosis.sources,
             step=self._reports.step,
             message=diagnosis.message,
             phase=diagnosis.phase,

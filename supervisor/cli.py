@@ -12,6 +12,8 @@ COMMANDS = {
     "run": "run a trainer under supervision",
     "resume": "take over or continue a run",
     "log": "the runs, or the story of one",
+    "doctor": "what would spoil the night, before it",
+    "diagnose": "what ended a run, from its log",
     "policy": "check and show policies",
 }
 

@@ -12,7 +12,7 @@ from .core.state import State
 from .dialects.base import Dialect
 from .errors import GpusupError
 from .journal import Journal
-from .loop import Detached, Supervisor, Tell
+from .loop import RENEWED, Detached, DriverReplaced, Supervisor, Tell
 from .narrate import LABEL_WIDTH, narrate
 from .printable import printable
 from .run_store import RunDirectory
@@ -65,6 +65,11 @@ def supervise(directory: RunDirectory, journal: Journal, dialect: Dialect, quiet
         left = "training goes on" if attempt is not None and not attempt.ended else "no trainer is running"
         say(f"\ngpusup: left; {left}. `gpusup resume {directory.id}` takes it over again\n")
         return EXIT_STOPPED
+    except DriverReplaced:
+        journal.close()
+        say("gpusup: the driver was replaced; going on in a new process\n")
+        module = [sys.executable, "-m", "gpusup.supervisor.cli", "resume", directory.id, *(["-q"] if quiet else [])]
+        os.execve(sys.executable, module, {**os.environ, RENEWED: "1"})
     except GpusupError:
         raise
     except Exception as error:

@@ -1,99 +1,77 @@
-"""GPU memory through NVML. Initialised only when asked, never creates a CUDA context; what NVML cannot say is None."""
+"""GPU memory through NVML, behind a thread: a sick driver can keep a call for ever, and must not keep gpusup."""
 
-import os
-from pathlib import Path
-from types import ModuleType
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
-from msgspec import Struct
+from .nvml_library import Gpu, GpuMemory, Library, Trouble, is_present
 
-DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
-"""Linux, WSL2, Jetson: without one of these there is no driver to ask, and loading NVML would only take time."""
+__all__ = ["Gpu", "GpuMemory", "Nvml", "Trouble"]
 
+PATIENCE_S = 5.0  # for one answer; a healthy driver takes microseconds, one that wakes a GPU up to seconds
 
-class Gpu(Struct, frozen=True, kw_only=True):
-    """A device by UUID; integer indices mean different devices to NVML and to CUDA."""
-
-    uuid: str
-    name: str
-    total_bytes: int
-
-
-class GpuMemory(Struct, frozen=True, kw_only=True):
-    used_bytes: int
-    free_bytes: int
+T = TypeVar("T")
 
 
 class Nvml:
-    """NVML in this process. All failures read as "could not observe"."""
+    """What NVML says; None, or nothing, where it could not be observed in time."""
 
-    def __init__(self) -> None:
-        self._nvml: ModuleType | None = None
-        if not any(Path(device).exists() for device in DEVICES):
-            return
-        try:
-            import pynvml
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._questions: queue.SimpleQueue[tuple[Callable[[Library], Any], Future[Any]]] = queue.SimpleQueue()
+        self._unanswered: Future[Any] | None = None
+        self._absent = not is_present()
+        if not self._absent:
+            threading.Thread(target=self._answer, daemon=True, name="nvml").start()
 
-            pynvml.nvmlInit()
-            self._nvml = pynvml
-        except Exception:  # no driver, no library, a library of another version: there is no GPU to watch
-            self._nvml = None
+    @property
+    def problem(self) -> str:
+        """Why nothing can be observed; empty when NVML answers."""
+        if self._absent:
+            return "no NVIDIA driver on this machine"
+        answer = self._ask(lambda library: library.problem)
+        return f"NVML did not answer within {self._patience_s:g} s" if answer is None else answer
+
+    @property
+    def driver(self) -> str:
+        return self._ask(lambda library: library.driver) or ""
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """What is wrong with the GPU, as far as NVML has said."""
+        return self._ask(lambda library: library.trouble)
 
     def gpus(self) -> list[Gpu]:
         """The devices this process may see, `CUDA_VISIBLE_DEVICES` respected, in its order."""
-        if self._nvml is None:
-            return []
-        found = []
-        try:
-            count = self._nvml.nvmlDeviceGetCount()
-        except self._nvml.NVMLError:
-            return []
-        for index in range(count):
-            try:
-                handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-                total = self._nvml.nvmlDeviceGetMemoryInfo(handle).total
-                name, uuid = _text(self._nvml.nvmlDeviceGetName(handle)), _text(self._nvml.nvmlDeviceGetUUID(handle))
-                found.append(Gpu(uuid=uuid, name=name, total_bytes=total))
-            except self._nvml.NVMLError:
-                continue
-        return _visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return self._ask(Library.gpus) or []
 
     def memory(self, uuid: str) -> GpuMemory | None:
-        if self._nvml is None:
-            return None
-        try:
-            info = self._nvml.nvmlDeviceGetMemoryInfo(self._nvml.nvmlDeviceGetHandleByUUID(uuid))
-        except self._nvml.NVMLError:
-            return None
-        return GpuMemory(used_bytes=int(info.used), free_bytes=int(info.free))
+        return self._ask(lambda library: library.memory(uuid))
 
     def process_bytes(self, uuid: str) -> dict[int, int] | None:
         """Memory per process on the device. Expensive: at a start and after a failure, never in the loop."""
-        if self._nvml is None:
+        return self._ask(lambda library: library.process_bytes(uuid))
+
+    def _ask(self, question: Callable[[Library], T]) -> T | None:
+        """While one question is not answered, no other is asked."""
+        if self._absent or (self._unanswered is not None and not self._unanswered.done()):
             return None
+        answer: Future[T] = Future()
+        self._questions.put((question, answer))
         try:
-            handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
-            processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        except self._nvml.NVMLError:
+            return answer.result(self._patience_s)
+        except TimeoutError:
+            self._unanswered = answer
             return None
-        if any(p.usedGpuMemory is None for p in processes):
-            return None  # WSL2 and Windows: not observable
-        return {p.pid: int(p.usedGpuMemory) for p in processes}
 
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _visible(gpus: list[Gpu], wanted: str | None) -> list[Gpu]:
-    if wanted is None:
-        return gpus
-    chosen = []
-    for entry in wanted.split(","):
-        entry = entry.strip()
-        if entry.isdigit() and int(entry) < len(gpus):
-            chosen.append(gpus[int(entry)])
-        elif match := [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]:
-            chosen.append(match[0])
-        else:
-            break  # CUDA hides everything after an invalid entry
-    return chosen
+    def _answer(self) -> None:
+        library: Library | None = None
+        while True:
+            question, answer = self._questions.get()
+            try:
+                library = library or Library()
+                answer.set_result(question(library))
+            except Exception:  # a library of another version, or none: could not observe
+                answer.set_result(None)

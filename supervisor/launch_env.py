@@ -18,6 +18,8 @@ def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[
         "GPUSUP_ATTEMPT": str(attempt),
         "GPUSUP_EVENTS": str(folder / "events.jsonl"),
         "GPUSUP_PROTOCOL": str(PROTOCOL),
+        "GPUSUP_EXCEPTIONS": str(folder / "exceptions.jsonl"),
+        "TORCHELASTIC_ERROR_FILE": str(folder / "error.json"),
         "PYTHONUNBUFFERED": "1",
     }
     inherited = dict(os.environ)
@@ -34,6 +36,6 @@ def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[
         # Freed tensors go back to the kernel at once, so that the limit does not depend on what was freed before.
         inherited.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
         added["GPUSUP_BUDGET_REPORT"] = str(folder / "budget.jsonl")
-        search = [str(BOOT), inherited["PYTHONPATH"]] if inherited.get("PYTHONPATH") else [str(BOOT)]
-        added["PYTHONPATH"] = os.pathsep.join(search)
+    search = [str(BOOT), inherited["PYTHONPATH"]] if inherited.get("PYTHONPATH") else [str(BOOT)]
+    added["PYTHONPATH"] = os.pathsep.join(search)
     return {**inherited, **added}

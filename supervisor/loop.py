@@ -14,12 +14,14 @@ from msgspec.structs import replace
 
 from . import checkpoints, process
 from .attempt_watch import AttemptWatch, Echo
-from .core.decide import decide, next_deadline, step_of_interest
+from .core.decide import GPU_GONE, decide, next_deadline, step_of_interest
 from .core.events import (
     AnyEvent,
+    AttemptEnded,
     AttemptPlanned,
     AttemptStarted,
     CheckpointRejected,
+    GpuTrouble,
     MemoryWaited,
     Note,
     OomDetected,
@@ -28,8 +30,11 @@ from .core.events import (
     StopRequested,
     SupervisorStarted,
 )
+from .core.growth import growth_of
+from .core.oom_cause import cause_of
 from .core.policy import Settings
 from .core.state import FOREIGN_BYTES, State, evolve, held_by_others
+from .core.verdict import ExitStatus
 from .dialects.base import Dialect
 from .journal import Journal
 from .launch_env import environment
@@ -48,11 +53,17 @@ AGAIN_S = 0.5
 GIVE_BACK_S = 50.0
 """How long a dead trainer's GPU memory may take to come back before the next start goes ahead."""
 GIVE_BACK_SLACK_BYTES = 512 << 20
+RENEWED = "GPUSUP_RENEWED"
+"""Set in a supervisor that was started anew because the driver was replaced: once is enough."""
 HOW = {"save": signal.SIGTERM, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
 
 
 class Detached(Exception):
     """The person left; the trainer goes on."""
+
+
+class DriverReplaced(Exception):
+    """NVML is of no more use in this process; a new one can go on watching."""
 
 
 class Supervisor:
@@ -74,6 +85,7 @@ class Supervisor:
         self._asked_at = -AGAIN_S
         self._waiting_since: float | None = None
         self._memory_asked_at = 0.0
+        self._held_at_start = False
 
     def run(self) -> int:
         """Until the run is finished; returns its exit code.
@@ -240,11 +252,23 @@ class Supervisor:
     def _look_at_attempt(self, watch: AttemptWatch) -> None:
         ended = watch.process.poll()
         if ended is None:
+            self._look_at_gpu(watch)
             self._record_all(watch.observe(step_of_interest(self.state, self.policy)))
             return
         self.watch = None
         self.sampler.end()
+        if ended.exit != ExitStatus(code=0):
+            self.sampler.look()
+            self._look_at_gpu(watch)
         self._record_all(watch.conclude(ended))
+
+    def _look_at_gpu(self, watch: AttemptWatch) -> None:
+        trouble = self.sampler.trouble
+        if trouble is None or self.state.gpu_trouble == trouble:
+            return
+        self.record(GpuTrouble(attempt=watch.n, trouble=trouble))
+        if trouble == "driver_replaced" and RENEWED not in os.environ:
+            raise DriverReplaced
 
     def _record_all(self, events: Iterator[AnyEvent]) -> None:
         for event in events:
@@ -252,7 +276,20 @@ class Supervisor:
                 event = replace(event, foreign_bytes=self.sampler.held_by_others())
                 if held_by_others(event):
                     self.record(Note(text=f"the GPU's memory is held by {self.sampler.holders()}"))
+            if isinstance(event, OomDetected):
+                event = self._of_history(event)
+            if (
+                isinstance(event, AttemptEnded)
+                and self.state.gpu_trouble in GPU_GONE
+                and event.exit != ExitStatus(code=0)
+            ):
+                event = replace(event, diagnosis="gpu_lost", sources=("NVML", *event.sources))
             self.record(event)
+
+    def _of_history(self, event: OomDetected) -> OomDetected:
+        """With the cause that the run's history shows."""
+        growth = growth_of(self.sampler.in_use(), event.at_least_bytes)
+        return replace(event, cause=str(cause_of(event, self.state, growth, self._held_at_start)))
 
     def _handle_signals(self) -> None:
         while self._signals:
@@ -285,6 +322,7 @@ class Supervisor:
     def _await_given_back(self) -> None:
         """A dead process can hold device memory for a while; starting meanwhile would look like an OOM."""
         before = self.sampler.held_before
+        self._held_at_start = False
         if before is None:
             return
         deadline = time.monotonic() + GIVE_BACK_S
@@ -294,6 +332,7 @@ class Supervisor:
                 return
             select.select([self._wake.fd], [], [], 0.5)
         if not self._signals:
+            self._held_at_start = True
             self.record(Note(text=f"the GPU's memory was not given back within {GIVE_BACK_S:.0f} s; starting anyway"))
 
     def _look_for_memory(self) -> None:

@@ -10,6 +10,7 @@ from .core.events import (
     CheckpointRejected,
     CheckpointSaved,
     Finished,
+    GpuTrouble,
     KnobUnavailable,
     MemoryWaited,
     Note,
@@ -26,7 +27,7 @@ from .core.events import (
     SupervisorStarted,
 )
 from .core.ladder import describe, describe_changes
-from .core.verdict import ExitStatus, OomNumbers
+from .core.verdict import Cause, ExitStatus, OomNumbers
 from .units import count, format_bytes, format_duration
 
 LABEL_WIDTH = 8
@@ -55,6 +56,12 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
             return "rejected", f"checkpoint of step {event.step}: {event.why} ({event.path})"
         case OomDetected():
             return "OOM", _oom(event)
+        case GpuTrouble():
+            return "GPU", {
+                "lost": "lost",
+                "reset_required": "must be reset",
+                "driver_replaced": "its driver was replaced",
+            }[event.trouble] + " (NVML)"
         case AttemptEnded() if event.diagnosis not in ("success", "device_oom", "host_oom"):
             if event.exit.signal == signal.SIGTERM:
                 return "left", f"attempt {event.attempt} at step {event.step} (SIGTERM)"
@@ -98,6 +105,8 @@ def _oom(event: OomDetected) -> str:
         place += f", sequence length {event.block_size}"
     if event.rank:
         place += f", rank {event.rank}"
+    if event.cause not in ("", Cause.OWN_GROWTH, Cause.REFUSED):
+        place += f", {event.cause}"
     return f"{place}: {describe_numbers(event.numbers) or event.message}"
 
 

@@ -7,13 +7,15 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 from . import host
-from .gpu import Nvml
+from .gpu import Nvml, Trouble
 from .units import format_bytes
 
 EVERY_S = 1.0
+KEPT_SAMPLES = 4 * 3600
 NOT_A_PROCESS_BYTES = 600 << 20
 """What the driver itself may show as used where memory per process is not available."""
 
@@ -26,9 +28,12 @@ class Sampler:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._attempt, self._pid = 0, 0
+        self._in_use: deque[int] = deque(maxlen=KEPT_SAMPLES)
         self._peak_bytes: int | None = None
         self._nvml = Nvml() if gpu_uuid is not None else None
         self.held_before: int | None = self.device_used()
+        self.trouble: Trouble | None = None
+        """What NVML said last of the state of the GPU."""
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -42,10 +47,22 @@ class Sampler:
         """From now on the trainer is `pid`."""
         with self._lock:
             self._attempt, self._pid, self._peak_bytes = attempt, pid, None
+            self._in_use.clear()
 
     def end(self) -> None:
         with self._lock:
             self._pid = 0
+
+    def in_use(self) -> list[int]:
+        """Memory in use during this attempt, oldest first: the device's where there is one, else the process's."""
+        with self._lock:
+            return list(self._in_use)
+
+    def look(self) -> None:
+        """Ask now whether the GPU is well."""
+        if self._nvml is not None and self._uuid is not None:
+            self._nvml.memory(self._uuid)
+            self.trouble = self._nvml.trouble
 
     def device_used(self) -> int | None:
         memory = self._nvml.memory(self._uuid) if self._nvml is not None and self._uuid is not None else None
@@ -84,13 +101,20 @@ class Sampler:
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         while not self._stop.wait(EVERY_S):
             used = self.device_used()
+            if used is None and self._nvml is not None:
+                self.trouble = self._nvml.trouble
             with self._lock:
                 attempt, pid = self._attempt, self._pid
                 if used is not None:
                     self._peak_bytes = max(used, self._peak_bytes or 0)
             if not pid:
                 continue
-            sample = {"at": round(time.time(), 3), "attempt": attempt, "rss_bytes": host.resident_bytes(pid)}
+            resident = host.resident_bytes(pid)
+            in_use = resident if self._uuid is None else used
+            if in_use is not None:
+                with self._lock:
+                    self._in_use.append(in_use)
+            sample = {"at": round(time.time(), 3), "attempt": attempt, "rss_bytes": resident}
             if used is not None:
                 sample["device_used_bytes"] = used
             try:

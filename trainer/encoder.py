@@ -18,6 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from . import bpe
 
 CHOICES = ("auto", "tiktoken", "gigatoken")
@@ -68,7 +70,7 @@ class TiktokenEncoder:
 
     def __init__(self) -> None:
         core = bpe.gpt2()._core_bpe
-        self._ordinary: Callable[[str], list[int]] = core.encode_ordinary
+        self._to_buffer: Callable[[str, frozenset[str]], bytes] = core.encode_to_tiktoken_buffer
         self._one_run: Callable[[bytes], list[int]] = core.encode_single_piece
 
     def encode(self, pieces: list[bytes]) -> list[bytes]:
@@ -76,13 +78,17 @@ class TiktokenEncoder:
 
     def _encode(self, text: str) -> bytes:
         if len(text) < LONG_CHARS:
-            return packed(self._ordinary(text))
-        tokens, begin = list[int](), 0
+            return self._ordinary(text)
+        tokens, begin = bytearray(), 0
         for run in LONG_WHITE_SPACE.finditer(text):
             tokens += self._ordinary(text[begin : run.start()])
             begin = run.end() - (run.end() < len(text))  # its last character goes with the text after it
-            tokens += self._one_run(text[run.start() : begin].encode())
-        return packed(tokens + self._ordinary(text[begin:]))
+            tokens += packed(self._one_run(text[run.start() : begin].encode()))
+        return bytes(tokens) + self._ordinary(text[begin:])
+
+    def _ordinary(self, text: str) -> bytes:
+        """No special tokens; a buffer of uint32, so that no list of integers is made."""
+        return np.frombuffer(self._to_buffer(text, frozenset()), np.uint32).astype("<u2").tobytes()
 
 
 class GigatokenEncoder:

@@ -1,7 +1,9 @@
-"""Gives a trainer a real memory limit. Found first on PYTHONPATH; Python imports it at start-up, then the trainer runs.
+"""In every Python of a trainer, before its own code: a memory limit, and a record of the exception that ends it.
 
-`GPUSUP_MEMORY_BUDGET` is `host:BYTES` or `device:BYTES`; the limit is set right after `import torch`, when the library
-and its threads have taken what they need, so that it is training that runs into it:
+Found first on PYTHONPATH; Python imports it at start-up, then the trainer runs. `GPUSUP_EXCEPTIONS` is the file for the
+record (`exception_record`), written just before Python prints the traceback as ever. `GPUSUP_MEMORY_BUDGET` is
+`host:BYTES` or `device:BYTES`; the limit is set right after `import torch`, when the library and its threads have taken
+what they need, so that it is training that runs into it:
 
 * host: soft RLIMIT_DATA = what the process uses now + budget; PyTorch's CPU allocator then fails with its own message.
 * device: the CUDA allocator's per-process fraction, applied when CUDA is initialised.
@@ -17,7 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -102,6 +104,29 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return spec
 
 
+def record_exceptions(path: str) -> None:
+    """Have the exception that ends this process written to `path`; whatever goes wrong with that is kept silent."""
+    show = sys.excepthook
+
+    def excepthook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(
+            kind, KeyboardInterrupt
+        ):  # Python would no longer end by SIGINT: it forgets when it evaluates text
+            return show(kind, value, trace)
+        try:
+            spec = importlib.util.spec_from_file_location("exception_record", os.path.join(HERE, "exception_record.py"))
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.write(path, kind, value, trace)
+        except BaseException:
+            pass
+        show(kind, value, trace)
+
+    sys.excepthook = excepthook
+
+
 def run_next_sitecustomize() -> None:
     """Run the `sitecustomize` this one hides, if there is one."""
     path = [entry for entry in sys.path if os.path.abspath(entry or ".") != HERE]
@@ -116,6 +141,8 @@ def run_next_sitecustomize() -> None:
 def install() -> None:
     where, _, budget = os.environ.get("GPUSUP_MEMORY_BUDGET", "").partition(":")
     limit = {"host": limit_host, "device": limit_device}.get(where)
+    if path := os.environ.get("GPUSUP_EXCEPTIONS"):
+        record_exceptions(path)
     if limit is not None:
         sys.meta_path.insert(0, AfterImport("torch", lambda torch: limit(torch, int(budget))))
 

@@ -21,7 +21,7 @@ from .events import (
 )
 from .ladder import Not, describe, describe_changes
 from .policy import Policy
-from .state import Attempt, State, inverse
+from .state import TRANSIENT, Attempt, State, inverse
 from .verdict import ExitStatus
 
 EXIT_LADDER_EXHAUSTED = 121
@@ -30,6 +30,8 @@ EXIT_SELF = 125
 
 TERMINATE_GRACE_S = 10.0
 KILL_GRACE_S = 30.0
+
+GPU_GONE = {"lost": "the GPU is lost (NVML)", "reset_required": "the GPU must be reset (NVML)"}
 
 
 def decide(state: State, policy: Policy, now: float) -> AnyEvent | None:
@@ -180,6 +182,9 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
         return Finished(result="failed", exit_code=EXIT_SELF, why=why)
     if _complete(state, attempt):
         return Finished(result="done", exit_code=0, why=_success(state))
+    if state.gpu_trouble in GPU_GONE:
+        why = f"{GPU_GONE[state.gpu_trouble]}; no setting helps. See to it, then `gpusup resume` goes on"
+        return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
     if attempt.stop is not None and attempt.oom is None:  # it left because it was told to
         return _plan(state, policy)
     if attempt.exit == ExitStatus() and attempt.oom is None:
@@ -196,6 +201,8 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
             because="it did not fit" if attempt.oom is not None else attempt.message or "it failed on probation",
             next_wait_steps=round(wait),
         )
+    if _transient(state, attempt):
+        return _plan(state, policy)
     if attempt.oom is not None and _covered(state, attempt):
         return _remediation(state, policy, attempt)
     return Finished(result="failed", exit_code=exit_code(attempt), why=_not_covered(state, attempt))
@@ -214,6 +221,14 @@ def _unseen_end(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
         why = "twice in a row nobody saw how the trainer ended, and it got no further; `gpusup resume` tries again"
         return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
     return _plan(state, policy)
+
+
+def _transient(state: State, attempt: Attempt) -> bool:
+    """Whether the same settings may fit in a fresh process; twice in a row without a new step they do not."""
+    if attempt.oom is None or attempt.oom.cause not in TRANSIENT:
+        return False
+    before = state.attempts[-2].oom if len(state.attempts) > 1 else None
+    return attempt.new_steps > 0 or before is None or before.cause != attempt.oom.cause
 
 
 def _covered(state: State, attempt: Attempt) -> bool:

@@ -216,11 +216,21 @@ class OomDetected(Event, frozen=True, tag="oom"):
     message: str
     phase: str | None = None
     block_size: int | None = None
+    cause: str = ""
+    sources: tuple[str, ...] = ()
+    """What the diagnosis rests on, best first."""
     numbers: OomNumbers = OomNumbers()
     at_least_bytes: int | None = None
     foreign_bytes: int | None = None
     rank: int | None = None
     evidence: tuple[str, ...] = ()
+
+
+class GpuTrouble(Event, frozen=True, tag="gpu_trouble"):
+    """NVML says that the GPU is gone or must be reset, or that the driver was replaced under this process."""
+
+    attempt: int
+    trouble: Literal["lost", "reset_required", "driver_replaced"]
 
 
 class AttemptEnded(Event, frozen=True, tag="attempt_ended"):
@@ -230,6 +240,8 @@ class AttemptEnded(Event, frozen=True, tag="attempt_ended"):
     exit: ExitStatus
     step: int
     diagnosis: str
+    cause: str = ""
+    sources: tuple[str, ...] = ()
     message: str = ""
     phase: str | None = None
     peak_bytes: int | None = None
@@ -327,6 +339,7 @@ AnyEvent = (
     | CheckpointSaved
     | CheckpointRejected
     | OomDetected
+    | GpuTrouble
     | AttemptEnded
     | RemediationChosen
     | RemediationSkipped

@@ -21,6 +21,7 @@ from .events import (
     CheckpointRejected,
     CheckpointSaved,
     Finished,
+    GpuTrouble,
     KnobUnavailable,
     MemoryWaited,
     Note,
@@ -41,11 +42,13 @@ from .events import (
     TrainerReported,
 )
 from .policy import ACCUMULATION, MICRO_BATCH, Settings
-from .verdict import ExitStatus
+from .verdict import Cause, ExitStatus
 
 GROWTH = frozenset({"device_oom", "host_oom"})
 """Diagnoses in which the attempt's own growth ran out of memory: its combination of settings does not fit."""
 
+TRANSIENT = frozenset({Cause.LEAK, Cause.NOT_GIVEN_BACK})
+"""Causes that say nothing against the settings: the same ones fit again in a fresh process."""
 
 FOREIGN_BYTES = 256 << 20
 """Less than this in the hands of other processes is a desktop, not a cause."""
@@ -174,6 +177,8 @@ class State(Struct, frozen=True, kw_only=True):
     probation: Probation | None = None
     failed_tries: dict[str, int] = {}
     waiting_for_memory_s: float | None = None
+    gpu_trouble: str = ""
+    """Since this supervisor began; the next one looks again."""
     stop_asked: StopAsked | None = None
     finished: Finished | None = None
     last_seq: int = 0
@@ -231,7 +236,7 @@ def _evolve(state: State, event: AnyEvent) -> State:
             return _told(state, event)
         case SupervisorStarted():  # taking over a run that was stopped continues it
             again = sorted({*state.checkpoints, *state.rejected}, key=lambda ref: ref.step)
-            return replace(state, finished=None, stop_asked=None, checkpoints=tuple(again), rejected=())
+            return replace(state, finished=None, stop_asked=None, checkpoints=tuple(again), rejected=(), gpu_trouble="")
         case StopAsked():
             now = event.now or (state.stop_asked is not None and state.stop_asked.now)
             return replace(state, stop_asked=replace(event, now=now))
@@ -273,6 +278,8 @@ def _evolve(state: State, event: AnyEvent) -> State:
                 decided=True,
                 waiting_for_memory_s=event.wait_for_memory_s if event.applied else None,
             )
+        case GpuTrouble():
+            return replace(state, gpu_trouble=event.trouble)
         case MemoryWaited():
             state, waited = replace(state, waiting_for_memory_s=None), state.last_remediation
             if event.enough or waited is None:
@@ -416,7 +423,7 @@ def _peak(state: State, event: PeakMeasured) -> State:
 def _out_of_memory(state: State, event: OomDetected) -> State:
     state = _update(state, event.attempt, oom=event)
     attempt = next((a for a in state.attempts if a.n == event.attempt), None)
-    if attempt is None or event.diagnosis not in GROWTH or held_by_others(event):
+    if attempt is None or event.diagnosis not in GROWTH or event.cause in TRANSIENT or held_by_others(event):
         return state
     combination = Combination.of(attempt.settings)
     if combination in state.failed:

@@ -20,10 +20,53 @@ class DiagnosisKind(StrEnum):
     DISTRIBUTED = "distributed"
     CUDA_CONTEXT = "cuda_context"
     GPU_LOST = "gpu_lost"
+    NO_GPU = "no_gpu"
+    NOT_A_NUMBER = "nan"
+    STOPPED = "stopped"
     ERROR = "error"
     SIGNAL = "signal"
     SUCCESS = "success"
+    NO_FAILURE = "no_failure"
     UNKNOWN = "unknown"
+
+
+class Cause(StrEnum):
+    """What lies behind a kind, where more can be told: each has a remedy of its own."""
+
+    NONE = ""
+    # of a device shortage
+    OWN_GROWTH = "own_growth"
+    STARTUP = "startup"
+    FRAGMENTATION = "fragmentation"
+    EVALUATION = "evaluation"
+    RESUME = "resume"
+    FOREIGN = "foreign"
+    NOT_GIVEN_BACK = "not_given_back"
+    LEAK = "leak"
+    SPIKE = "spike"
+    # of a host shortage
+    REFUSED = "refused"
+    PINNED = "pinned"
+    KERNEL = "kernel"
+    # of other ends
+    ECC = "ecc"
+    BUS = "bus"
+    ASSERT = "assert"
+    ILLEGAL_ACCESS = "illegal_access"
+    LAUNCH = "launch"
+    TIMEOUT = "timeout"
+    PEER = "peer"
+    CRASH = "crash"
+    IMPORT = "import"
+    SYNTAX = "syntax"
+    MISSING_FILE = "missing_file"
+    FILE_LIMIT = "file_limit"
+    CHECKPOINT = "checkpoint"
+    COMPILER = "compiler"
+    SHAPE = "shape"
+    DATA = "data"
+    ARGUMENTS = "arguments"
+    PROGRAM = "program"
 
 
 class OomNumbers(Struct, frozen=True, kw_only=True):
@@ -46,7 +89,9 @@ class ExitStatus(Struct, frozen=True, kw_only=True):
 
 
 class TrainerFailure(Struct, frozen=True, kw_only=True):
-    """What a cooperating trainer reported of itself before it died."""
+    """The exception that ended a trainer, written down by itself, by PyTorch or by Python before it died."""
+
+    source: str = "trainer report"
 
     phase: str | None = None
     step: int | None = None
@@ -63,17 +108,31 @@ class Evidence(Struct, frozen=True, kw_only=True):
     stderr: tuple[str, ...] = ()
     """The last lines of this attempt only; what an earlier attempt left would be taken for this one's."""
     stdout: tuple[str, ...] = ()
+    others: tuple[tuple[str, ...], ...] = ()
+    """More output of the same run, such as other ranks'."""
     failure: TrainerFailure | None = None
     trains_on: Literal["gpu", "host"] = "gpu"
     host_oom_kills: int = 0
     """How far the kernel's count of OOM kills in our cgroup rose during the attempt."""
+    text_only: bool = False
+    """Nothing but a log is known: a run that ended well, or still runs, is possible too."""
 
 
 class Diagnosis(Struct, frozen=True, kw_only=True):
     kind: DiagnosisKind
     is_oom: Literal["yes", "no", "suspected"] = "no"
+    cause: Cause = Cause.NONE
+    confidence: Literal["high", "medium", "low"] = "low"
+    """high: reported by the trainer or the kernel, or an uncaught exception of a process whose exit was seen."""
+    sources: tuple[str, ...] = ()
+    """What it rests on, best first."""
     phase: str | None = None
     rank: int | None = None
     numbers: OomNumbers = OomNumbers()
     message: str = ""
     evidence: tuple[str, ...] = ()
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the run was ended by it."""
+        return self.kind not in (DiagnosisKind.SUCCESS, DiagnosisKind.NO_FAILURE)

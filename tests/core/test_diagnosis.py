@@ -425,7 +425,7 @@ def test_an_unseen_end_is_judged_by_its_text() -> None:
 @pytest.mark.parametrize(
     ("status", "lines", "kind"),
     [
-        (ExitStatus(signal=15), [], DiagnosisKind.SIGNAL),
+        (ExitStatus(signal=15), [], DiagnosisKind.STOPPED),
         (ExitStatus(signal=11), ["step 3 loss 4.0"], DiagnosisKind.SIGNAL),
         (ExitStatus(code=139), [], DiagnosisKind.SIGNAL),
         (ExitStatus(signal=2), [], DiagnosisKind.USER_INTERRUPT),
@@ -551,7 +551,7 @@ def test_traps(lines: list[str]) -> None:
 
 def test_sampled_text_on_stdout_does_not_explain_an_exception_or_a_signal() -> None:
     assert said(*trace(BAD_VALUE), stdout=("sample:", OOM)).kind is DiagnosisKind.ERROR
-    assert said(exit=ExitStatus(signal=15), stdout=(OOM,)).kind is DiagnosisKind.SIGNAL
+    assert said(exit=ExitStatus(signal=15), stdout=(OOM,)).kind is DiagnosisKind.STOPPED
     assert said(exit=KILLED, stdout=(OOM,)).kind is K
 
 

@@ -37,7 +37,7 @@ def test_persons_own_environment_is_handed_on(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PYTHONPATH", "/mine")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/my/cache")
     found = environment(RUN, RunDirectory(tmp_path / "abc"), 1)
-    assert (found["WANDB_MODE"], found["PYTHONPATH"]) == ("offline", "/mine")
+    assert (found["WANDB_MODE"], found["PYTHONPATH"]) == ("offline", f"{BOOT}{os.pathsep}/mine")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == "/my/cache"
     assert "GPUSUP_MEMORY_BUDGET" not in found
 
