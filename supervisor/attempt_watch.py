@@ -213,7 +213,7 @@ class AttemptWatch:
     def _diagnose(self, ended: Ended) -> Diagnosis:
         # Compiling the patterns takes longer than starting a trainer.
         from .core.diagnosis import clean_lines, diagnose
-        from .exception_records import read_failure
+        from .exception_records import are_kept, read_failure
 
         kills = host.oom_kills()
         delta = 0 if kills is None or self._oom_kills is None else max(0, kills - self._oom_kills)
@@ -221,6 +221,7 @@ class AttemptWatch:
         written = read_failure(self.directory, self.process.pid) if failed and self._reports.failure is None else None
         return diagnose(
             Evidence(
+                all_caught=written is None and are_kept(self.directory),
                 exit=ended.exit,
                 stderr=clean_lines(last_bytes(self.directory / "stderr.log", EVIDENCE_BYTES)),
                 stdout=clean_lines(last_bytes(self.directory / "stdout.log", EVIDENCE_BYTES)),

@@ -33,6 +33,11 @@ def read_failure(attempt: Path, trainer_pid: int) -> TrainerFailure | None:
     return next(iter(oom or roots), None)
 
 
+def are_kept(attempt: Path) -> bool:
+    """Whether some Python of this attempt would have written down an exception that ended it."""
+    return (attempt / "exceptions.jsonl").exists()
+
+
 def _records(attempt: Path, trainer_pid: int) -> list[TrainerFailure | None]:
     """Of the trainer's own process and of its ranks; a helper's failure need not be the trainer's."""
     lines = last_bytes(attempt / "exceptions.jsonl", MOST_BYTES).splitlines()

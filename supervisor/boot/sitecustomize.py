@@ -12,6 +12,7 @@ Each process has its own limit. What was done is appended to `GPUSUP_BUDGET_REPO
 existing `sitecustomize` is run after this one, as if this one did not exist.
 """
 
+import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -107,12 +108,15 @@ class AfterImport(importlib.abc.MetaPathFinder):
 def record_exceptions(path: str) -> None:
     """Have the exception that ends this process written to `path`; whatever goes wrong with that is kept silent."""
     show = sys.excepthook
+    with contextlib.suppress(OSError):  # that the file exists says that exceptions are written down
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     def excepthook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         if issubclass(
             kind, KeyboardInterrupt
         ):  # Python would no longer end by SIGINT: it forgets when it evaluates text
-            return show(kind, value, trace)
+            show(kind, value, trace)
+            return
         try:
             spec = importlib.util.spec_from_file_location("exception_record", os.path.join(HERE, "exception_record.py"))
             assert spec is not None

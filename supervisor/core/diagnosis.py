@@ -321,12 +321,10 @@ def _of_lines(evidence: Evidence, scene: Scene, signal: int | None) -> tuple[Dia
 
 def _of_status(status: ExitStatus, signal: int | None, raised: bool, readable: bool) -> tuple[DiagnosisKind, Cause]:
     """Where no word tells a cause. `readable`: there is a log, and nothing besides."""
-    if raised:
-        return DiagnosisKind.ERROR, Cause.PROGRAM
     if signal is not None:
         return (DiagnosisKind.STOPPED, Cause.NONE) if signal in (1, 15) else (DiagnosisKind.SIGNAL, Cause.CRASH)
-    if status.code in (126, 127):
+    if status.code in (126, 127) and not raised:
         return DiagnosisKind.EXEC_FAILED, Cause.NONE
-    if status.code is not None:
+    if status.code is not None or raised:
         return DiagnosisKind.ERROR, Cause.PROGRAM
     return (DiagnosisKind.NO_FAILURE if readable else DiagnosisKind.UNKNOWN), Cause.NONE

@@ -104,6 +104,7 @@ class Scene:
         self.anchors = _anchors(self.lines)
         self.progress = _progress(self.lines)
         self.signal = signal
+        self.all_caught = evidence.all_caught
         self.known = evidence.exit.code is not None or evidence.exit.signal is not None
         self.asserted = any(_ASSERTED.search(line.text) for line in self.lines)
         self.torn_down = any(_TRACKER_DIED.search(line.text) for line in self.lines)
@@ -166,7 +167,12 @@ class Scene:
         )  # fmt: skip
         if caught or wording.strength == "mention":
             return "no" if final is not None or not self.known or self.signal is not None else "suspected"
-        if self.signal in (1, 2, 9, 15) and not rooted and not wording.native and wording.strength == "hard":
+        if (
+            self.signal in (1, 2, 9, 15)
+            and (not rooted or self.all_caught)
+            and not wording.native
+            and wording.strength == "hard"
+        ):
             return "no"  # a killed process did not die of what its text says
         return "yes" if wording.strength == "hard" else "suspected"
 

@@ -18,8 +18,8 @@ Traceback (most recent call last):
   File "/env/torch/_tensor.py", line 5, in backward
     torch.autograd.backward(self)
 torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.54 GiB. GPU 0 has a total capacity of \
-11.60 GiB of which 512.00 MiB is free. Including non-PyTorch memory, this process has 11.00 GiB memory in use. Of the allocated memory \
-10.25 GiB is allocated by PyTorch, and 96.00 MiB is reserved by PyTorch but unallocated.
+11.60 GiB of which 512.00 MiB is free. Including non-PyTorch memory, this process has 11.00 GiB memory \
+in use. Of the allocated memory 10.25 GiB is allocated by PyTorch, and 96.00 MiB is reserved by PyTorch but unallocated.
 """
 
 
