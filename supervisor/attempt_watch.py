@@ -23,14 +23,16 @@ from .core.events import (
     RunCreated,
 )
 from .core.state import Attempt
-from .core.verdict import Diagnosis, Evidence, ExitStatus
+from .core.verdict import Diagnosis, DiagnosisKind, Evidence, ExitStatus
 from .dialects.base import Dialect
 from .process import Ended, TrainerProcess
 from .reports import Reports, parse_object
+from .sampler import describe_sample
 from .tail import LineTail, Tail, last_bytes
 
 PROGRESS_EVERY_S = 5.0
 EVIDENCE_BYTES = 256 << 10
+SAMPLE_BYTES = 4096
 SETTLED_STEPS = 2
 """A phase counts as completed after its second step: the first may lack the optimizer's state."""
 
@@ -185,7 +187,7 @@ class AttemptWatch:
     def conclude(self, ended: Ended) -> Iterator[AnyEvent]:
         """The last facts of the attempt: everything unread, then the incident if it was one, then its end."""
         yield from self.observe(None, final=True)
-        diagnosis = self._diagnose(ended)
+        diagnosis = self._of_reboot() if ended.rebooted else self._diagnose(ended)
         seen = ended.exit != ExitStatus()  # of an end that nobody saw, text alone proves nothing
         if seen and (diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and self._corroborated(diagnosis))):
             yield self._out_of_memory(diagnosis)
@@ -204,6 +206,13 @@ class AttemptWatch:
             user_s=ended.user_s,
             system_s=ended.system_s,
         )
+
+    def _of_reboot(self) -> Diagnosis:
+        """With the last that was known of the machine."""
+        lines = last_bytes(self.directory.parent.parent / "samples.jsonl", SAMPLE_BYTES).splitlines()
+        last = describe_sample(parse_object(lines[-1])) if lines else ""
+        message = f"the machine was started anew; last seen: {last}" if last else "the machine was started anew"
+        return Diagnosis(kind=DiagnosisKind.MACHINE_DIED, message=message, sources=("boot id",))
 
     def _corroborated(self, diagnosis: Diagnosis) -> bool:
         """What the text only suggests: a library on the GPU was refused memory, or any, under a limit of ours."""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from .nvml_library import Gpu, GpuMemory, Library, Trouble, is_present
+from .nvml_library import Gpu, GpuMemory, Library, Trouble, Vitals, is_present
 
-__all__ = ["Gpu", "GpuMemory", "Nvml", "Trouble"]
+__all__ = ["Gpu", "GpuMemory", "Nvml", "Trouble", "Vitals"]
 
 PATIENCE_S = 5.0  # for one answer; a healthy driver takes microseconds, one that wakes a GPU up to seconds
 
@@ -49,6 +49,10 @@ class Nvml:
 
     def memory(self, uuid: str) -> GpuMemory | None:
         return self._ask(lambda library: library.memory(uuid))
+
+    def vitals(self, uuid: str) -> Vitals:
+        """Temperature and power."""
+        return self._ask(lambda library: library.vitals(uuid)) or Vitals()
 
     def process_bytes(self, uuid: str) -> dict[int, int] | None:
         """Memory per process on the device. Expensive: at a start and after a failure, never in the loop."""

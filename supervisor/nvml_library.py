@@ -35,6 +35,11 @@ class GpuMemory(Struct, frozen=True, kw_only=True):
     free_bytes: int
 
 
+class Vitals(Struct, frozen=True, kw_only=True):
+    temperature_c: int | None = None
+    power_w: float | None = None
+
+
 class Library:
     """The calls that are needed."""
 
@@ -74,6 +79,17 @@ class Library:
             return None
         self.trouble = None
         return GpuMemory(used_bytes=int(info.used), free_bytes=int(info.free))
+
+    def vitals(self, uuid: str) -> Vitals:
+        """Temperature and power, where they are supported."""
+        handle = self._ask("nvmlDeviceGetHandleByUUID", uuid)
+        if handle is None:
+            return Vitals()
+        celsius, milliwatts = (
+            self._ask("nvmlDeviceGetTemperature", handle, 0),
+            self._ask("nvmlDeviceGetPowerUsage", handle),
+        )
+        return Vitals(temperature_c=celsius, power_w=None if milliwatts is None else milliwatts / 1000)
 
     def process_bytes(self, uuid: str) -> dict[int, int] | None:
         """Memory per process on the device. Expensive: at a start and after a failure, never in the loop."""

@@ -29,6 +29,8 @@ class Ended(Struct, frozen=True, kw_only=True):
     user_s: float | None = None
     system_s: float | None = None
     exec_error: tuple[int, str] | None = None
+    rebooted: bool = False
+    """Nobody saw the end, and the machine has been started anew since."""
 
 
 class TrainerProcess:
@@ -54,7 +56,7 @@ class TrainerProcess:
         self._shim_pidfd = _close_if_ended(self._shim_pidfd)
         if self._shim_pidfd is not None:
             return None
-        return read_end(self.directory) or Ended(exit=ExitStatus())
+        return read_end(self.directory) or _unseen_end(self.directory)
 
     def signal(self, number: signal.Signals) -> None:
         """Send `number` to the trainer; to its whole process group when it is SIGKILL."""
@@ -100,7 +102,7 @@ def adopt(directory: Path) -> TrainerProcess | Ended | None:
     if started is None:
         return read_end(directory)
     if started["boot_id"] != shim.boot_id():
-        return read_end(directory) or Ended(exit=ExitStatus())
+        return read_end(directory) or _unseen_end(directory)
     process = TrainerProcess(
         directory, started["pid"], started["start_ticks"], started["shim_pid"], started["shim_start_ticks"]
     )
@@ -119,6 +121,11 @@ def read_end(directory: Path) -> Ended | None:
     code = os.waitstatus_to_exitcode(end["status"])
     status = ExitStatus(code=code) if code >= 0 else ExitStatus(signal=-code)
     return Ended(exit=status, user_s=end["user_s"], system_s=end["system_s"])
+
+
+def _unseen_end(directory: Path) -> Ended:
+    started = _read_json(directory / "start.json")
+    return Ended(exit=ExitStatus(), rebooted=started is not None and started["boot_id"] != shim.boot_id())
 
 
 def open_pidfd(pid: int, start_ticks: int) -> int | None:

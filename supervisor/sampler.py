@@ -9,6 +9,9 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
+
+from msgspec.structs import asdict
 
 from . import host
 from .gpu import Nvml, Trouble
@@ -18,6 +21,20 @@ EVERY_S = 1.0
 KEPT_SAMPLES = 4 * 3600
 NOT_A_PROCESS_BYTES = 600 << 20
 """What the driver itself may show as used where memory per process is not available."""
+
+
+def describe_sample(sample: dict[str, Any]) -> str:
+    """A sample in words: `14:03:22, host 3.1 GiB, GPU 11.2 GiB, 71 C, 187 W`."""
+    parts = []
+    if isinstance(at := sample.get("at"), (int, float)):
+        parts.append(time.strftime("%F %T", time.localtime(at)))
+    for name, label in (("rss_bytes", "trainer"), ("device_used_bytes", "GPU")):
+        if isinstance(size := sample.get(name), int):
+            parts.append(f"{label} {format_bytes(size)}")
+    for name, unit in (("temperature_c", "C"), ("power_w", "W")):
+        if isinstance(value := sample.get(name), (int, float)):
+            parts.append(f"{value:.0f} {unit}")
+    return ", ".join(parts)
 
 
 class Sampler:
@@ -117,6 +134,9 @@ class Sampler:
             sample = {"at": round(time.time(), 3), "attempt": attempt, "rss_bytes": resident}
             if used is not None:
                 sample["device_used_bytes"] = used
+            if self._nvml is not None and self._uuid is not None:
+                vitals = self._nvml.vitals(self._uuid)
+                sample |= {name: value for name, value in asdict(vitals).items() if value is not None}
             try:
                 os.write(fd, json.dumps(sample).encode() + b"\n")
             except OSError:

@@ -23,6 +23,7 @@ class DiagnosisKind(StrEnum):
     NO_GPU = "no_gpu"
     NOT_A_NUMBER = "nan"
     STOPPED = "stopped"
+    MACHINE_DIED = "machine_died"
     ERROR = "error"
     SIGNAL = "signal"
     SUCCESS = "success"

@@ -1,14 +1,16 @@
 """Runs that really fail, each in its own way, under supervision: what the journal says ended them."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from program import Gpusup, of_kind
+from program import Gpusup, of_kind, read_until, wait_gone
 
 TORCH = "import torch\n"
 EVERY_OOM = "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1.54 GiB. GPU 1 has a total capacity')"
@@ -89,3 +91,24 @@ def test_shared_memory_that_is_too_small_is_told(gpusup: Gpusup) -> None:
         pytest.skip("no private /dev/shm can be made here")
     end = end_of(gpusup, SHARED, *private, sys.executable, os.fspath(gpusup.folder / "fails.py"))
     assert end["diagnosis"] == "shm_oom"
+
+
+def test_machine_that_died_is_told_with_what_was_last_seen(gpusup: Gpusup) -> None:
+    (gpusup.folder / "trains.py").write_text(
+        "import time\nfor step in range(10**6):\n    print('step', step, flush=True)\n    time.sleep(0.05)\n"
+    )
+    process = gpusup.start("run", "default", "--", sys.executable, "trains.py")
+    read_until(process, b"step 40")  # two seconds: there are samples
+    (attempt,) = gpusup.attempts()
+    start = json.loads((attempt / "start.json").read_text())
+    process.kill()
+    for pid in (start["shim_pid"], start["pid"]):
+        os.kill(pid, signal.SIGKILL)
+        wait_gone(pid)
+    (attempt / "start.json").write_text(json.dumps({**start, "boot_id": "the boot before"}))
+    again = gpusup.start("resume", "-1")
+    read_until(again, b"attempt 2")
+    end = of_kind(gpusup.log(), "attempt_ended")[0]
+    assert end["diagnosis"] == "machine_died"
+    assert "last seen: 20" in end["message"]
+    assert "trainer" in end["message"]

@@ -49,6 +49,16 @@ int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
     memory->used = memory->total - memory->free;
     return enter();
 }
+int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned int *celsius) {
+    (void)handle; (void)sensor;
+    *celsius = 71;
+    return state("unsupported") ? 3 : enter();
+}
+int nvmlDeviceGetPowerUsage(void *handle, unsigned int *milliwatts) {
+    (void)handle;
+    *milliwatts = 187000;
+    return state("unsupported") ? 3 : enter();
+}
 int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned int *count, Process *found) {
     (void)handle;
     if (state("unsupported")) return 3;
