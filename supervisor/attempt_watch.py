@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from . import host
 from .checkpoints import Checked, Keeper
@@ -16,14 +17,16 @@ from .core.events import (
     AttemptEnded,
     BudgetApplied,
     CheckpointSaved,
+    HangDetected,
     Note,
     OomDetected,
     PeakMeasured,
     Progress,
     RunCreated,
 )
+from .core.pace import Pace
 from .core.state import Attempt
-from .core.verdict import Diagnosis, DiagnosisKind, Evidence, ExitStatus
+from .core.verdict import Cause, Diagnosis, DiagnosisKind, Evidence, ExitStatus
 from .dialects.base import Dialect
 from .process import Ended, TrainerProcess
 from .reports import Reports, parse_object
@@ -70,6 +73,8 @@ class AttemptWatch:
         self._from_step = known.from_step
         self._budget_told = known.budget_limit_bytes is not None
         self._progress_at = 0.0
+        self._pace = Pace(run.policy.limits.hang_after_s, known.from_step, time.monotonic())
+        self._hang: HangDetected | None = known.hang
         self._in_use_bytes: int | None = None
         self._host_peak_bytes: int | None = None
         self._problems: set[str] = set()
@@ -92,6 +97,8 @@ class AttemptWatch:
         self._read_output(final)
         now = time.monotonic()
         yield from self._checkpoints(final)
+        if not final:
+            yield from self._hangs(now)
         pending = self._reports.progress
         if pending is not None:
             reached = interesting_step is not None and pending.step >= interesting_step
@@ -99,6 +106,12 @@ class AttemptWatch:
                 self._reports.progress, self._progress_at = None, now
                 yield pending
                 yield from self._settled_peak(pending)
+
+    def _hangs(self, now: float) -> Iterator[HangDetected]:
+        silent_s = self._pace.hangs_since(self._reports.step, now)
+        if silent_s is not None and self._hang is None:
+            self._hang = HangDetected(attempt=self.n, step=self._reports.step, silent_s=round(silent_s, 1))
+            yield self._hang
 
     def _sample_host(self) -> None:
         """At 10 Hz; the kernel keeps the maximum, so only the last tenth of a second can be missed."""
@@ -188,6 +201,8 @@ class AttemptWatch:
         """The last facts of the attempt: everything unread, then the incident if it was one, then its end."""
         yield from self.observe(None, final=True)
         diagnosis = self._of_reboot() if ended.rebooted else self._diagnose(ended)
+        if self._hang is not None and diagnosis.is_oom != "yes":
+            diagnosis = replace(diagnosis, kind=DiagnosisKind.HANG, is_oom="no", cause=Cause.NONE, sources=("steps",))
         seen = ended.exit != ExitStatus()  # of an end that nobody saw, text alone proves nothing
         if seen and (diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and self._corroborated(diagnosis))):
             yield self._out_of_memory(diagnosis)

@@ -11,6 +11,7 @@ from .core.events import (
     CheckpointSaved,
     Finished,
     GpuTrouble,
+    HangDetected,
     KnobUnavailable,
     MemoryWaited,
     Note,
@@ -56,6 +57,8 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
             return "rejected", f"checkpoint of step {event.step}: {event.why} ({event.path})"
         case OomDetected():
             return "OOM", _oom(event)
+        case HangDetected():
+            return "hang", f"no step for {format_duration(event.silent_s)} after step {event.step}"
         case GpuTrouble():
             return "GPU", {
                 "lost": "lost",

@@ -122,7 +122,11 @@ def _as_written(policy: Policy) -> dict[str, Any]:
             "max_tries": restore.max_tries,
             "retry_failed": restore.retry_failed,
         }
-    written["limits"] = {"max_attempts": policy.limits.max_attempts, "grace": _exact_duration(policy.limits.grace_s)}
+    written["limits"] = {
+        "max_attempts": policy.limits.max_attempts,
+        "grace": _exact_duration(policy.limits.grace_s),
+        "hang_after": _exact_duration(policy.limits.hang_after_s),
+    }
     if policy.checkpoint_every is not None:
         written["checkpoint_every"] = policy.checkpoint_every
     if policy.memory_budget_bytes is not None:

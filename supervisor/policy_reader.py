@@ -36,7 +36,7 @@ POLICY_KEYS = ("version", "description", "remediations", "restore", "limits", "c
 KINDS = ("set", "step", "wait_for_memory")
 REMEDIATION_KEYS = ("name", *KINDS, "min", "when", "undo_if_useless")
 RESTORE_KEYS = ("after_steps", "order", "backoff", "max_tries", "retry_failed")
-LIMITS_KEYS = ("max_attempts", "grace")
+LIMITS_KEYS = ("max_attempts", "grace", "hang_after")
 
 BY_STEP = "use 'step: micro_batch', which holds the global batch"
 NOT_SETTABLE = {
@@ -185,10 +185,11 @@ class PolicyReader:
     def _limits(self, node: Node, key: str) -> Limits:
         entries = as_map(node, key, "{max_attempts: 24, grace: 60s}")
         self._known_keys(entries, LIMITS_KEYS, key)
-        grace_s = self._get(entries, "grace", as_duration)
+        grace_s, hang_after_s = self._get(entries, "grace", as_duration), self._get(entries, "hang_after", as_duration)
         return Limits(
             max_attempts=self._get(entries, "max_attempts", as_count) or Limits().max_attempts,
             grace_s=Limits().grace_s if grace_s is None else grace_s,
+            hang_after_s=Limits().hang_after_s if hang_after_s is None else hang_after_s,
         )
 
     # --- noting what is wrong

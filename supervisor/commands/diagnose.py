@@ -33,6 +33,7 @@ NAMES: dict[DiagnosisKind, str] = {
     DiagnosisKind.NO_GPU: "no usable GPU",
     DiagnosisKind.NOT_A_NUMBER: "NaN or infinity",
     DiagnosisKind.STOPPED: "told to leave",
+    DiagnosisKind.HANG: "it hung",
     DiagnosisKind.MACHINE_DIED: "the machine stopped",
     DiagnosisKind.ERROR: "an error of the program",
     DiagnosisKind.SIGNAL: "crashed in native code",

@@ -26,6 +26,7 @@ from .verdict import ExitStatus
 
 EXIT_LADDER_EXHAUSTED = 121
 EXIT_STOPPED = 122
+EXIT_NO_PROGRESS = 123
 EXIT_SELF = 125
 
 TERMINATE_GRACE_S = 10.0
@@ -96,6 +97,9 @@ def _while_running(state: State, policy: Policy, attempt: Attempt, now: float) -
     assert state.run is not None
     if state.run.memory_budget_bytes and attempt.budget_limit_bytes is None and attempt.step > attempt.from_step:
         return _stop_request(attempt, "kill", "the memory budget did not take effect", now + KILL_GRACE_S)
+    if attempt.hang is not None and not state.run.observe:
+        why = f"no step for {attempt.hang.silent_s:.0f} s: it hangs"
+        return _stop_request(attempt, "terminate", why, now + TERMINATE_GRACE_S)
     if policy.restore is None or state.run.observe:
         return None
     if state.probation is not None:
@@ -182,6 +186,9 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
         return Finished(result="failed", exit_code=EXIT_SELF, why=why)
     if _complete(state, attempt):
         return Finished(result="done", exit_code=0, why=_success(state))
+    if attempt.hang is not None and _hung_before(state, attempt):
+        why = "twice in a row it hung, and it got no further; see where with py-spy, then `gpusup resume` tries again"
+        return Finished(result="stopped", exit_code=EXIT_NO_PROGRESS, why=why)
     if state.gpu_trouble in GPU_GONE:
         why = f"{GPU_GONE[state.gpu_trouble]}; no setting helps. See to it, then `gpusup resume` goes on"
         return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
@@ -221,6 +228,11 @@ def _unseen_end(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
         why = "twice in a row nobody saw how the trainer ended, and it got no further; `gpusup resume` tries again"
         return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
     return _plan(state, policy)
+
+
+def _hung_before(state: State, attempt: Attempt) -> bool:
+    before = state.attempts[-2] if len(state.attempts) > 1 else None
+    return attempt.new_steps == 0 and before is not None and before.hang is not None
 
 
 def _transient(state: State, attempt: Attempt) -> bool:

@@ -226,6 +226,14 @@ class OomDetected(Event, frozen=True, tag="oom"):
     evidence: tuple[str, ...] = ()
 
 
+class HangDetected(Event, frozen=True, tag="hang"):
+    """No optimizer step was completed for `silent_s`, by a trainer whose steps are counted."""
+
+    attempt: int
+    step: int
+    silent_s: float
+
+
 class GpuTrouble(Event, frozen=True, tag="gpu_trouble"):
     """NVML says that the GPU is gone or must be reset, or that the driver was replaced under this process."""
 
@@ -339,6 +347,7 @@ AnyEvent = (
     | CheckpointSaved
     | CheckpointRejected
     | OomDetected
+    | HangDetected
     | GpuTrouble
     | AttemptEnded
     | RemediationChosen

@@ -84,10 +84,12 @@ class Restore(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omi
 
 
 class Limits(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where it ends. `grace_s` is how long a trainer has to save and leave when asked."""
+    """Where it ends. `grace_s` is how long a trainer has to save and leave when asked; `hang_after_s`, how long one
+    whose steps are counted may make none (or 20 times what its slowest took) until it is taken to hang; 0: for ever."""
 
     max_attempts: int = 24
     grace_s: float = 60.0
+    hang_after_s: float = 1800.0
 
 
 class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -108,6 +108,7 @@ _REMEDIES: dict[tuple[DiagnosisKind, Cause], Remedy] = {
     ),
     (_K.DISTRIBUTED, _C.PEER): Remedy("retry", ("a victim of another rank: look for the first failure in its output",)),
     (_K.STOPPED, _C.NONE): Remedy("retry", ("it was told to leave; resume from the last checkpoint",)),
+    (_K.HANG, _C.NONE): Remedy("retry", ("it made no step for very long: once more from the last checkpoint",)),
     (_K.MACHINE_DIED, _C.NONE): Remedy("retry", ("the machine stopped: power, heat or an update; see its own log",)),
     (_K.USER_INTERRUPT, _C.NONE): Remedy("none", ("interrupted by a person",)),
     (_K.SIGNAL, _C.NONE): Remedy("retry", ("native code crashed; once more from the last checkpoint, then report it",)),

@@ -22,6 +22,7 @@ from .events import (
     CheckpointSaved,
     Finished,
     GpuTrouble,
+    HangDetected,
     KnobUnavailable,
     MemoryWaited,
     Note,
@@ -129,6 +130,7 @@ class Attempt(Struct, frozen=True, kw_only=True):
     """Topics of the notes that are told once in an attempt."""
     stop: StopRequested | None = None
     oom: OomDetected | None = None
+    hang: HangDetected | None = None
     exit: ExitStatus | None = None
     diagnosis: str = ""
     message: str = ""
@@ -254,6 +256,7 @@ def _evolve(state: State, event: AnyEvent) -> State:
             | PeakMeasured()
             | StopRequested()
             | OomDetected()
+            | HangDetected()
             | AttemptEnded()
         ):
             return _attempt_event(state, event)
@@ -394,6 +397,8 @@ def _attempt_event(state: State, event: AttemptEvent) -> State:
             return _update(state, n, stop=event)
         case OomDetected():
             return _out_of_memory(state, event)
+        case HangDetected():
+            return _update(state, n, hang=event)
         case AttemptEnded():
             state = _progressed(state, n, event.step)
             state = _update(

@@ -24,6 +24,7 @@ class DiagnosisKind(StrEnum):
     NOT_A_NUMBER = "nan"
     STOPPED = "stopped"
     MACHINE_DIED = "machine_died"
+    HANG = "hang"
     ERROR = "error"
     SIGNAL = "signal"
     SUCCESS = "success"

@@ -26,7 +26,7 @@ def test_readme_names_the_two_commands_and_links_to_files_that_exist() -> None:
 
 def test_exit_codes_of_the_program_are_in_the_table() -> None:
     table = (ROOT / "docs" / "exit_codes.md").read_text()
-    for code in (decide.EXIT_LADDER_EXHAUSTED, decide.EXIT_STOPPED, decide.EXIT_SELF):
+    for code in (decide.EXIT_LADDER_EXHAUSTED, decide.EXIT_STOPPED, decide.EXIT_NO_PROGRESS, decide.EXIT_SELF):
         assert f"| {code} |" in table
 
 

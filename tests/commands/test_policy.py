@@ -87,13 +87,13 @@ def test_show_writes_defaults_out() -> None:
     shown = policy("show", "default").stdout
     assert "  - compile\n" not in shown
     assert "order: [micro_batch]" in shown
-    assert "limits: {max_attempts: 24, grace: 1m}" in shown
+    assert "limits: {max_attempts: 24, grace: 1m, hang_after: 30m}" in shown
 
 
 def test_show_json_has_every_field_with_its_unit() -> None:
     shown = json.loads(policy("show", "--json", "demo").stdout)
     assert (shown["schema_version"], shown["file"]) == (1, "demo")
-    assert shown["policy"]["limits"] == {"max_attempts": 24, "grace_s": 60.0}
+    assert shown["policy"]["limits"] == {"max_attempts": 24, "grace_s": 60.0, "hang_after_s": 1800.0}
     assert shown["policy"]["checkpoint_every"] is None
     assert isinstance(shown["policy"]["memory_budget_bytes"], int)
     assert shown["policy"]["remediations"][0]["set"] == {"compile": False}

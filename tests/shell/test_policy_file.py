@@ -534,7 +534,12 @@ POLICIES = st.builds(
     description=NAMES | st.just(""),
     remediations=st.lists(RUNGS, max_size=4, unique_by=lambda rung: rung.name).map(tuple),
     restore=st.none() | st.builds(Restore, after_steps=COUNTS, backoff=st.floats(1, 1000), retry_failed=st.booleans()),
-    limits=st.builds(Limits, max_attempts=COUNTS, grace_s=st.integers(0, 600_000_000).map(lambda ms: ms / 1000)),
+    limits=st.builds(
+        Limits,
+        max_attempts=COUNTS,
+        grace_s=st.integers(0, 600_000_000).map(lambda ms: ms / 1000),
+        hang_after_s=st.integers(0, 600_000_000).map(lambda ms: ms / 1000),
+    ),
     checkpoint_every=st.none() | COUNTS,
     memory_budget_bytes=st.none() | st.integers(2**20, 2**53 - 1),
 )

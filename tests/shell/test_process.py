@@ -299,7 +299,7 @@ def test_another_process_with_the_same_pid_is_not_taken_for_the_trainer(attempt:
     file.write_text(json.dumps({**content, "start_ticks": content["start_ticks"] - 1, "shim_start_ticks": 1}))
     assert adopt(attempt) == Ended(exit=ExitStatus())
     file.write_text(json.dumps({**content, "boot_id": "another boot"}))
-    assert adopt(attempt) == Ended(exit=ExitStatus())
+    assert adopt(attempt) == Ended(exit=ExitStatus(), rebooted=True)
     file.write_text(json.dumps(content))
     assert trainer.poll() is None, "and it was not touched"
     trainer.signal(signal.SIGKILL)
