@@ -67,9 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     for steps, what in ((0, "at once"), (100, "after two seconds")):
         found = sorted(latency_ms(steps) for _ in range(options.runs))
-        print(
-            f"failing {what}: diagnosis {statistics.median(found):.0f} ms after the exit ({found[0]:.0f} to {found[-1]:.0f})"
-        )
+        spread = f"{found[0]:.0f} to {found[-1]:.0f}"
+        print(f"failing {what}: diagnosis {statistics.median(found):.0f} ms after the exit ({spread})")
     cpu_s = []
     for seconds in (1, options.watch_s):
         with tempfile.TemporaryDirectory() as name:

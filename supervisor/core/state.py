@@ -364,6 +364,7 @@ AttemptEvent = (
     | PeakMeasured
     | StopRequested
     | OomDetected
+    | HangDetected
     | AttemptEnded
 )
 
