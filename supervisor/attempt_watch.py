@@ -23,8 +23,9 @@ from .core.events import (
     PeakMeasured,
     Progress,
     RunCreated,
+    SoftOomDetected,
 )
-from .core.pace import Pace
+from .core.pace import Pace, StepTimes
 from .core.state import Attempt
 from .core.verdict import Cause, Diagnosis, DiagnosisKind, Evidence, ExitStatus
 from .dialects.base import Dialect
@@ -74,11 +75,13 @@ class AttemptWatch:
         self._budget_told = known.budget_limit_bytes is not None
         self._progress_at = 0.0
         self._pace = Pace(run.policy.limits.hang_after_s, known.from_step, time.monotonic())
+        self._step_times, self._timed_step, self._collapsed = StepTimes(), known.from_step, False
         self._hang: HangDetected | None = known.hang
         self._in_use_bytes: int | None = None
         self._host_peak_bytes: int | None = None
         self._problems: set[str] = set()
         self._oom_kills = host.oom_kills()
+        self.device_is_full: Callable[[], bool] = lambda: False
         self.device_peak: Callable[[], int | None] = lambda: None
 
     def skip_shown(self, parse_bytes: int = 1 << 16) -> None:
@@ -99,6 +102,7 @@ class AttemptWatch:
         yield from self._checkpoints(final)
         if not final:
             yield from self._hangs(now)
+            yield from self._collapses()
         pending = self._reports.progress
         if pending is not None:
             reached = interesting_step is not None and pending.step >= interesting_step
@@ -106,6 +110,17 @@ class AttemptWatch:
                 self._reports.progress, self._progress_at = None, now
                 yield pending
                 yield from self._settled_peak(pending)
+
+    def _collapses(self) -> Iterator[SoftOomDetected]:
+        """When steps have become slow while the device's memory is full."""
+        progress = self._reports.progress
+        if progress is None or progress.step_s is None or progress.step == self._timed_step:
+            return
+        self._timed_step = progress.step
+        usual_s = self._step_times.usual_if_slow(progress.step_s)
+        if usual_s is not None and not self._collapsed and self.device_is_full():
+            self._collapsed = True
+            yield SoftOomDetected(attempt=self.n, step=progress.step, step_s=progress.step_s, usual_s=usual_s)
 
     def _hangs(self, now: float) -> Iterator[HangDetected]:
         silent_s = self._pace.hangs_since(self._reports.step, now)

@@ -205,6 +205,7 @@ class Supervisor:
             saved_step=self.state.checkpoint.step if self.state.checkpoint else -1,
         )
         self.watch.device_peak = self.sampler.device_peak
+        self.watch.device_is_full = self.sampler.device_is_full
         self.sampler.begin(n, pid)
 
     def _keeper(self) -> checkpoints.Keeper | None:

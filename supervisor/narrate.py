@@ -23,6 +23,7 @@ from .core.events import (
     RestorationReverted,
     RestorationSkipped,
     Resumed,
+    SoftOomDetected,
     StopAsked,
     StopRequested,
     SupervisorStarted,
@@ -59,6 +60,12 @@ def narrate(event: AnyEvent) -> tuple[str, str] | None:
             return "OOM", _oom(event)
         case HangDetected():
             return "hang", f"no step for {format_duration(event.silent_s)} after step {event.step}"
+        case SoftOomDetected():
+            times = f"{event.step_s / event.usual_s:.1f} times as long as usual"
+            return (
+                "soft OOM",
+                f"steps take {times} after step {event.step}, the GPU's memory is full, and it is not hot",
+            )
         case GpuTrouble():
             return "GPU", {
                 "lost": "lost",

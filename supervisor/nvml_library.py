@@ -14,6 +14,9 @@ DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
 """Linux, WSL2, Jetson: without one of these there is no driver to ask, and loading NVML would only take time."""
 SONAME = "libnvidia-ml.so.1"
 
+FULL_SHARE = 0.02  # of the device's memory: less is none
+THERMAL_BITS = 0x20 | 0x40  # software and hardware thermal slowdown, of the reasons why clocks are low
+
 Trouble = Literal["lost", "reset_required", "driver_replaced"]
 TROUBLES: dict[int, Trouble] = {15: "lost", 16: "reset_required", 18: "driver_replaced"}
 """Return codes after which nothing more can be expected of the GPU, or of NVML in this process. Others, such as 3 (not
@@ -34,10 +37,16 @@ class GpuMemory(Struct, frozen=True, kw_only=True):
     used_bytes: int
     free_bytes: int
 
+    @property
+    def is_full(self) -> bool:
+        return self.free_bytes < FULL_SHARE * (self.used_bytes + self.free_bytes)
+
 
 class Vitals(Struct, frozen=True, kw_only=True):
     temperature_c: int | None = None
     power_w: float | None = None
+    hot: bool | None = None
+    """Whether heat slows it."""
 
 
 class Library:
@@ -89,7 +98,12 @@ class Library:
             self._ask("nvmlDeviceGetTemperature", handle, 0),
             self._ask("nvmlDeviceGetPowerUsage", handle),
         )
-        return Vitals(temperature_c=celsius, power_w=None if milliwatts is None else milliwatts / 1000)
+        reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        return Vitals(
+            temperature_c=celsius,
+            power_w=None if milliwatts is None else milliwatts / 1000,
+            hot=None if reasons is None else bool(reasons & THERMAL_BITS),
+        )
 
     def process_bytes(self, uuid: str) -> dict[int, int] | None:
         """Memory per process on the device. Expensive: at a start and after a failure, never in the loop."""

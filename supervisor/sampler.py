@@ -14,7 +14,7 @@ from typing import Any
 from msgspec.structs import asdict
 
 from . import host
-from .gpu import Nvml, Trouble
+from .gpu import GpuMemory, Nvml, Trouble, Vitals
 from .units import format_bytes
 
 EVERY_S = 1.0
@@ -47,6 +47,7 @@ class Sampler:
         self._attempt, self._pid = 0, 0
         self._in_use: deque[int] = deque(maxlen=KEPT_SAMPLES)
         self._peak_bytes: int | None = None
+        self._full = False
         self._nvml = Nvml() if gpu_uuid is not None else None
         self.held_before: int | None = self.device_used()
         self.trouble: Trouble | None = None
@@ -96,6 +97,11 @@ class Sampler:
                 return None
             return max(0, self._peak_bytes - self.held_before)
 
+    def device_is_full(self) -> bool:
+        """Whether nothing of the device's memory was left at the last sample, and the device was not slowed by heat."""
+        with self._lock:
+            return self._full
+
     def holders(self) -> str:
         """Who holds the device's memory, asked when no trainer of ours runs."""
         per_process = (
@@ -114,13 +120,21 @@ class Sampler:
         used = self.device_used()
         return None if used is None else max(0, used - NOT_A_PROCESS_BYTES)
 
+    def _device(self) -> tuple[GpuMemory | None, Vitals]:
+        if self._nvml is None or self._uuid is None:
+            return None, Vitals()
+        memory = self._nvml.memory(self._uuid)
+        if memory is None:
+            self.trouble = self._nvml.trouble
+        return memory, self._nvml.vitals(self._uuid)
+
     def _run(self) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         while not self._stop.wait(EVERY_S):
-            used = self.device_used()
-            if used is None and self._nvml is not None:
-                self.trouble = self._nvml.trouble
+            memory, vitals = self._device()
+            used = None if memory is None else memory.used_bytes
             with self._lock:
+                self._full = memory is not None and not vitals.hot and memory.is_full
                 attempt, pid = self._attempt, self._pid
                 if used is not None:
                     self._peak_bytes = max(used, self._peak_bytes or 0)
@@ -134,9 +148,7 @@ class Sampler:
             sample = {"at": round(time.time(), 3), "attempt": attempt, "rss_bytes": resident}
             if used is not None:
                 sample["device_used_bytes"] = used
-            if self._nvml is not None and self._uuid is not None:
-                vitals = self._nvml.vitals(self._uuid)
-                sample |= {name: value for name, value in asdict(vitals).items() if value is not None}
+            sample |= {name: value for name, value in asdict(vitals).items() if value is not None}
             try:
                 os.write(fd, json.dumps(sample).encode() + b"\n")
             except OSError:

@@ -23,7 +23,7 @@ NAMES: dict[DiagnosisKind, str] = {
     DiagnosisKind.DEVICE_OOM: "out of GPU memory",
     DiagnosisKind.HOST_OOM: "out of host memory",
     DiagnosisKind.SHM_OOM: "out of shared memory",
-    DiagnosisKind.HOST_OOM_SUSPECTED: "killed (SIGKILL)",
+    DiagnosisKind.HOST_OOM_SUSPECTED: "killed (SIGKILL), perhaps for memory",
     DiagnosisKind.DISK_FULL: "the disk was full",
     DiagnosisKind.USER_INTERRUPT: "interrupted by a person",
     DiagnosisKind.EXEC_FAILED: "could not be executed",
@@ -110,7 +110,7 @@ def story(found: Diagnosis) -> str:
     """A diagnosis as a person reads it."""
     where = [f"in {found.phase}"] if found.phase else []
     where += [f"on rank {found.rank}"] if found.rank is not None else []
-    likely = "" if found.is_oom != "suspected" else "perhaps for memory: " if _is_kill(found) else "probably "
+    likely = "probably " if found.is_oom == "suspected" and not _is_kill(found) else ""
     cause = f" ({found.cause.replace('_', ' ')})" if found.cause else ""
     lines = [f"{likely}{' '.join([NAMES[found.kind], *where])}{cause}"]
     if found.fatal and found.message:

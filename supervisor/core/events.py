@@ -234,6 +234,16 @@ class HangDetected(Event, frozen=True, tag="hang"):
     silent_s: float
 
 
+class SoftOomDetected(Event, frozen=True, tag="soft_oom"):
+    """Steps take a multiple of what was usual while the GPU's memory is full and the GPU is not hot: the driver moves
+    memory to the host instead of refusing it."""
+
+    attempt: int
+    step: int
+    step_s: float
+    usual_s: float
+
+
 class GpuTrouble(Event, frozen=True, tag="gpu_trouble"):
     """NVML says that the GPU is gone or must be reset, or that the driver was replaced under this process."""
 
@@ -348,6 +358,7 @@ AnyEvent = (
     | CheckpointRejected
     | OomDetected
     | HangDetected
+    | SoftOomDetected
     | GpuTrouble
     | AttemptEnded
     | RemediationChosen

@@ -37,6 +37,7 @@ from .events import (
     RestorationSkipped,
     Resumed,
     RunCreated,
+    SoftOomDetected,
     StopAsked,
     StopRequested,
     SupervisorStarted,
@@ -281,6 +282,8 @@ def _evolve(state: State, event: AnyEvent) -> State:
                 decided=True,
                 waiting_for_memory_s=event.wait_for_memory_s if event.applied else None,
             )
+        case SoftOomDetected():
+            return state
         case GpuTrouble():
             return replace(state, gpu_trouble=event.trouble)
         case MemoryWaited():

@@ -1,6 +1,6 @@
 """When a trainer that makes no step hangs, and when it is only slow."""
 
-from gpusup.supervisor.core.pace import SLOWEST_TIMES, Pace
+from gpusup.supervisor.core.pace import SLOWEST_TIMES, Pace, StepTimes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +35,16 @@ def test_pause_as_long_as_ones_before_is_no_hang(gaps_s: list[float], limit_s: f
         now += gap_s
         assert pace.hangs_since(step, now) is None
         longest_s = max(gap_s, longest_s if step > 2 else gap_s)
+
+
+def test_steps_far_slower_than_usual_are_told_once_there_are_some_in_a_row() -> None:
+    times = StepTimes()
+    told = [times.usual_if_slow(step_s) for step_s in [0.1] * 30 + [0.4] * 10]
+    assert told == [None] * 34 + [0.1] * 6
+
+
+def test_evaluation_now_and_then_and_slow_drift_are_not_told() -> None:
+    times = StepTimes()
+    assert not any(times.usual_if_slow(5.0 if at % 10 == 9 else 0.1) for at in range(300))
+    drifting = StepTimes()
+    assert not any(drifting.usual_if_slow(0.1 * 1.01**at) for at in range(300))

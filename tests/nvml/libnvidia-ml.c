@@ -1,6 +1,6 @@
 /* A libnvidia-ml.so.1 of our own: one GPU whose state is read from the file $NVML_STUB at every call.
  *
- * The file holds one word: normal small full lost reset unsupported unknown mismatch slow blocking. */
+ * The file holds one word: normal small full lost reset unsupported unknown mismatch hot slow blocking. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,13 +45,18 @@ int nvmlDeviceGetUUID(void *handle, char *text, unsigned int size) { (void)handl
 int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
     (void)handle;
     memory->total = state("small") ? 4 * GIB : 12 * GIB;
-    memory->free = state("full") ? 0 : memory->total - GIB;
+    memory->free = state("full") || state("hot") ? 0 : memory->total - GIB;
     memory->used = memory->total - memory->free;
     return enter();
 }
 int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned int *celsius) {
     (void)handle; (void)sensor;
     *celsius = 71;
+    return state("unsupported") ? 3 : enter();
+}
+int nvmlDeviceGetCurrentClocksThrottleReasons(void *handle, unsigned long long *reasons) {
+    (void)handle;
+    *reasons = state("hot") ? 0x40 : 0;
     return state("unsupported") ? 3 : enter();
 }
 int nvmlDeviceGetPowerUsage(void *handle, unsigned int *milliwatts) {

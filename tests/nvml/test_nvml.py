@@ -147,3 +147,27 @@ def test_supervisor_is_not_held_up_by_a_driver_that_blocks(gpusup: Gpusup, libra
     code, _ = finish(process)
     assert code == 0
     assert time.monotonic() - begin_s < 40
+
+
+SLOWS = """
+import json, os, time
+events = os.open(os.environ["GPUSUP_EVENTS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def tell(kind, **fields): os.write(events, json.dumps({"kind": kind, **fields}).encode() + b"\\n")
+tell("start", protocol=1, pid=os.getpid(), step=0)
+for step in range(1, 101):
+    dt_s = 0.05 if step < 60 else 0.25
+    time.sleep(dt_s)
+    tell("step", step=step, loss=1.0, dt_s=dt_s)
+tell("done", step=100)
+"""
+
+
+@pytest.mark.parametrize(("state", "told"), [("full", 1), ("hot", 0), ("normal", 0)])
+def test_collapse_of_speed_is_a_soft_oom_only_when_memory_is_full_and_heat_is_not_why(
+    gpusup: Gpusup, library: Path, state: str, told: int
+) -> None:
+    process = supervised(gpusup, library, SLOWS)
+    (gpusup.folder / "state").write_text(state)
+    code, _ = finish(process)
+    assert code == 0
+    assert len(of_kind(gpusup.log(), "soft_oom")) == told
