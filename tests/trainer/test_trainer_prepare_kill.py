@@ -78,6 +78,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(out)
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So much text that it is not prepared before a signal comes."""
+    path = tmp_path_factory.mktemp("large") / "large.parquet"
+    pyarrow.parquet.write_table(pyarrow.concat_tables([pyarrow.parquet.read_table(SHARD)] * 10), path)
+    return path
+
+
 def is_worker(process: psutil.Process) -> bool:
     return "spawn_main" in " ".join(process.cmdline())
 
@@ -151,9 +159,9 @@ def test_killed_parent_takes_its_workers_along_and_finished_work_is_not_repeated
     assert content(out) == undisturbed
 
 
-def test_killed_worker_ends_the_command_with_a_sentence(tmp_path: Path) -> None:
+def test_killed_worker_ends_the_command_with_a_sentence(tmp_path: Path, large: Path) -> None:
     out = tmp_path / "out"
-    child = start(out)
+    child = start(out, source=large)
     wait_for_rows(out, child, 100)
     worker = next(filter(is_worker, psutil.Process(child.pid).children()))
     worker.kill()
@@ -163,9 +171,9 @@ def test_killed_worker_ends_the_command_with_a_sentence(tmp_path: Path) -> None:
     assert "it continues" in errors
 
 
-def test_interrupt_is_answered_with_a_sentence(tmp_path: Path) -> None:
+def test_interrupt_is_answered_with_a_sentence(tmp_path: Path, large: Path) -> None:
     out = tmp_path / "out"
-    child = start(out)
+    child = start(out, source=large)
     wait_for_rows(out, child, 100)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=DEADLINE_S)
