@@ -37,6 +37,8 @@ from .tail import LineTail, Tail, last_bytes
 PROGRESS_EVERY_S = 5.0
 EVIDENCE_BYTES = 256 << 10
 SAMPLE_BYTES = 4096
+PAUSE_TIMES = 4.0
+"""How many times as long as a step evaluating, saving or compiling may take until it is a hang."""
 SETTLED_STEPS = 2
 """A phase counts as completed after its second step: the first may lack the optimizer's state."""
 
@@ -74,7 +76,7 @@ class AttemptWatch:
         self._from_step = known.from_step
         self._budget_told = known.budget_limit_bytes is not None
         self._progress_at = 0.0
-        self._pace = Pace(run.policy.limits.hang_after_s, known.from_step, time.monotonic())
+        self._pace = Pace(run.policy.limits.hang_after_s, time.monotonic())
         self._step_times, self._timed_step, self._collapsed = StepTimes(), known.from_step, False
         self._hang: HangDetected | None = known.hang
         self._in_use_bytes: int | None = None
@@ -123,8 +125,14 @@ class AttemptWatch:
             yield SoftOomDetected(attempt=self.n, step=progress.step, step_s=progress.step_s, usual_s=usual_s)
 
     def _hangs(self, now: float) -> Iterator[HangDetected]:
-        silent_s = self._pace.hangs_since(self._reports.step, now)
-        if silent_s is not None and self._hang is None:
+        reports = self._reports
+        target = reports.target_steps or self.run.target_steps
+        if target is not None and reports.step >= target:
+            return  # what comes after the last step takes as long as it takes
+        silent_s = self._pace.hangs_since(reports.count, now, PAUSE_TIMES if reports.pauses else 1.0)
+        if silent_s is None:
+            self._hang = None  # it went on
+        elif self._hang is None:
             self._hang = HangDetected(attempt=self.n, step=self._reports.step, silent_s=round(silent_s, 1))
             yield self._hang
 
@@ -216,7 +224,7 @@ class AttemptWatch:
         """The last facts of the attempt: everything unread, then the incident if it was one, then its end."""
         yield from self.observe(None, final=True)
         diagnosis = self._of_reboot() if ended.rebooted else self._diagnose(ended)
-        if self._hang is not None and diagnosis.is_oom != "yes":
+        if self._hang is not None and diagnosis.is_oom != "yes" and ended.exit != ExitStatus(code=0):
             diagnosis = replace(diagnosis, kind=DiagnosisKind.HANG, is_oom="no", cause=Cause.NONE, sources=("steps",))
         seen = ended.exit != ExitStatus()  # of an end that nobody saw, text alone proves nothing
         if seen and (diagnosis.is_oom == "yes" or (diagnosis.is_oom == "suspected" and self._corroborated(diagnosis))):
@@ -252,7 +260,7 @@ class AttemptWatch:
     def _diagnose(self, ended: Ended) -> Diagnosis:
         # Compiling the patterns takes longer than starting a trainer.
         from .core.diagnosis import clean_lines, diagnose
-        from .exception_records import are_kept, read_failure
+        from .exception_records import read_failure
 
         kills = host.oom_kills()
         delta = 0 if kills is None or self._oom_kills is None else max(0, kills - self._oom_kills)
@@ -260,7 +268,6 @@ class AttemptWatch:
         written = read_failure(self.directory, self.process.pid) if failed and self._reports.failure is None else None
         return diagnose(
             Evidence(
-                all_caught=written is None and are_kept(self.directory),
                 exit=ended.exit,
                 stderr=clean_lines(last_bytes(self.directory / "stderr.log", EVIDENCE_BYTES)),
                 stdout=clean_lines(last_bytes(self.directory / "stdout.log", EVIDENCE_BYTES)),

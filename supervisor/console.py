@@ -68,8 +68,14 @@ def supervise(directory: RunDirectory, journal: Journal, dialect: Dialect, quiet
     except DriverReplaced:
         journal.close()
         say("gpusup: the driver was replaced; going on in a new process\n")
-        module = [sys.executable, "-m", "gpusup.supervisor.cli", "resume", directory.id, *(["-q"] if quiet else [])]
-        os.execve(sys.executable, module, {**os.environ, RENEWED: "1"})
+        again = ["resume", directory.id, *(["-q"] if quiet else [])]
+        python = [
+            sys.executable,
+            "-P",
+            "-m",
+            "gpusup.supervisor.cli",
+        ]  # -P: nothing of the trainer's folder is imported
+        os.execve(sys.executable, [*python, *again], {**os.environ, RENEWED: "1"})
     except GpusupError:
         raise
     except Exception as error:

@@ -1,7 +1,7 @@
 """What Python and PyTorch wrote down about the exception that ended an attempt, where the trainer itself reports none.
 
 * `error.json`: PyTorch's error file (`TORCHELASTIC_ERROR_FILE`), of scripts under `torchrun` or its `@record`.
-* `exceptions.jsonl`: one line for each process that an exception ended, by `boot/exception_record.py`.
+* `exceptions.jsonl`: one line for each process that an exception ended, by `record_exception.py`.
 
 A stranger can have written either: what cannot be read tells nothing.
 """
@@ -33,16 +33,13 @@ def read_failure(attempt: Path, trainer_pid: int) -> TrainerFailure | None:
     return next(iter(oom or roots), None)
 
 
-def are_kept(attempt: Path) -> bool:
-    """Whether some Python of this attempt would have written down an exception that ended it."""
-    return (attempt / "exceptions.jsonl").exists()
-
-
 def _records(attempt: Path, trainer_pid: int) -> list[TrainerFailure | None]:
-    """Of the trainer's own process and of its ranks; a helper's failure need not be the trainer's."""
-    lines = last_bytes(attempt / "exceptions.jsonl", MOST_BYTES).splitlines()
-    records = [parse_object(line) for line in lines]
-    return [_record(each) for each in records if each.get("pid") == trainer_pid or each.get("rank") is not None]
+    """Of the trainer's own process, else of its ranks; a helper's failure need not be the trainer's."""
+    records = [parse_object(line) for line in last_bytes(attempt / "exceptions.jsonl", MOST_BYTES).splitlines()]
+    own = [_record(each) for each in records if each.get("pid") == trainer_pid]
+    if any(failure is not None and not failure.type.endswith(CONSEQUENCES) for failure in own):
+        return own
+    return own + [_record(each) for each in records if each.get("rank") is not None]
 
 
 def _record(record: dict[str, Any]) -> TrainerFailure | None:

@@ -19,13 +19,13 @@ def environment(run: RunCreated, directory: RunDirectory, attempt: int) -> dict[
         "GPUSUP_EVENTS": str(folder / "events.jsonl"),
         "GPUSUP_PROTOCOL": str(PROTOCOL),
         "GPUSUP_EXCEPTIONS": str(folder / "exceptions.jsonl"),
-        "TORCHELASTIC_ERROR_FILE": str(folder / "error.json"),
         "PYTHONUNBUFFERED": "1",
     }
     inherited = dict(os.environ)
     inherited.pop("CUDA_VISIBLE_DEVICES", None)
     if run.cuda_visible_devices is not None:
         inherited["CUDA_VISIBLE_DEVICES"] = run.cuda_visible_devices
+    inherited.setdefault("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     # A cache of our own makes giving compile back cheap, and survives a reboot, unlike /tmp.
     inherited.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory.compile_cache))
     if run.gpu_uuid is not None and run.trains_on == "gpu":

@@ -54,7 +54,8 @@ GIVE_BACK_S = 50.0
 """How long a dead trainer's GPU memory may take to come back before the next start goes ahead."""
 GIVE_BACK_SLACK_BYTES = 512 << 20
 RENEWED = "GPUSUP_RENEWED"
-"""Set in a supervisor that was started anew because the driver was replaced: once is enough."""
+"""Set for a supervisor that is started anew because the driver was replaced: once is enough."""
+IS_RENEWED = os.environ.pop(RENEWED, None) is not None
 HOW = {"save": signal.SIGTERM, "terminate": signal.SIGTERM, "kill": signal.SIGKILL}
 
 
@@ -264,11 +265,12 @@ class Supervisor:
         self._record_all(watch.conclude(ended))
 
     def _look_at_gpu(self, watch: AttemptWatch) -> None:
-        trouble = self.sampler.trouble
-        if trouble is None or self.state.gpu_trouble == trouble:
-            return
-        self.record(GpuTrouble(attempt=watch.n, trouble=trouble))
-        if trouble == "driver_replaced" and RENEWED not in os.environ:
+        trouble = self.sampler.trouble or "none"
+        if trouble != (self.state.gpu_trouble or "none"):
+            self.record(GpuTrouble(attempt=watch.n, trouble=trouble))
+        attempt = self.state.attempt
+        stopping = self.state.stop_asked is not None or (attempt is not None and attempt.stop is not None)
+        if trouble == "driver_replaced" and not IS_RENEWED and not stopping and not self._signals:
             raise DriverReplaced
 
     def _record_all(self, events: Iterator[AnyEvent]) -> None:

@@ -23,6 +23,7 @@ from .core.verdict import TrainerFailure
 from .units import count
 
 PROTOCOL = 1
+PAUSES = ("load", "compile", "eval", "checkpoint", "resume")
 LARGEST = 2**53
 """The largest number of steps or bytes that any reader of JSON holds exactly."""
 
@@ -38,6 +39,12 @@ class Reports:
         self.failure: TrainerFailure | None = None
         self.peak_bytes: int | None = None
         """The highest that a step or the failure told, of where it trains."""
+        self.count = 0
+        """Changes with every step that is told, whatever its number."""
+        self.pauses = False
+        """Whether the trainer says that it does something else between its steps."""
+        self.target_steps: int | None = None
+        self._told_step = -1
         self.begun = False
         self.tells_peaks = False
         self._n, self._cwd = known.n, Path(cwd)
@@ -57,6 +64,8 @@ class Reports:
         """`step` optimizer steps are completed."""
         if step > LARGEST:
             return
+        self.count += step != self._told_step
+        self._told_step, self.pauses = step, False
         self._reached(step)
         length = block_size if isinstance(block_size, int) and 0 < block_size <= LARGEST else None
         self.progress = Progress(attempt=self._n, step=step, loss=loss, step_s=step_s, block_size=length)
@@ -77,6 +86,7 @@ class Reports:
         match kind:
             case "phase":
                 self.tells_peaks = True
+                self.pauses = report.get("phase") in PAUSES
             case "step":
                 yield from self._stepped(report)
             case "peak":
@@ -112,7 +122,8 @@ class Reports:
             theirs = f"the trainer reports in version {str(version)[:20]} of the protocol"
             yield from self._once("protocol", f"{theirs}, and gpusup reads version {PROTOCOL}: it is only watched")
             return
-        settings = report.get("settings") or {}
+        settings, target = report.get("settings") or {}, report.get("target_steps")
+        self.target_steps = target if isinstance(target, int) else None
         yield TrainerReported(
             attempt=self._n,
             step=int(report["step"]),

@@ -79,8 +79,7 @@ class Sampler:
     def look(self) -> None:
         """Ask now whether the GPU is well."""
         if self._nvml is not None and self._uuid is not None:
-            self._nvml.memory(self._uuid)
-            self.trouble = self._nvml.trouble
+            self._device()
 
     def device_used(self) -> int | None:
         memory = self._nvml.memory(self._uuid) if self._nvml is not None and self._uuid is not None else None
@@ -124,8 +123,7 @@ class Sampler:
         if self._nvml is None or self._uuid is None:
             return None, Vitals()
         memory = self._nvml.memory(self._uuid)
-        if memory is None:
-            self.trouble = self._nvml.trouble
+        self.trouble = self._nvml.trouble if memory is None else None
         return memory, self._nvml.vitals(self._uuid)
 
     def _run(self) -> None:

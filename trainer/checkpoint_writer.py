@@ -203,8 +203,10 @@ class Write:
                 piece, used = self._source.take(self._piece)
                 if used:
                     self._file.write(piece.numpy().data, used)
-            except Exception as error:
+            except BaseException as error:  # an interrupt leaves a hole
                 self.failure = error
+                if not isinstance(error, Exception):
+                    raise
             return self.failure is None and self._source.left_bytes > 0
 
     def _open(self) -> None:

@@ -1,7 +1,7 @@
 """In every Python of a trainer, before its own code: a memory limit, and a record of the exception that ends it.
 
 Found first on PYTHONPATH; Python imports it at start-up, then the trainer runs. `GPUSUP_EXCEPTIONS` is the file for the
-record (`exception_record`), written just before Python prints the traceback as ever. `GPUSUP_MEMORY_BUDGET` is
+record (`record_exception`), written just before Python prints the traceback as ever. `GPUSUP_MEMORY_BUDGET` is
 `host:BYTES` or `device:BYTES`; the limit is set right after `import torch`, when the library and its threads have taken
 what they need, so that it is training that runs into it:
 
@@ -12,7 +12,6 @@ Each process has its own limit. What was done is appended to `GPUSUP_BUDGET_REPO
 existing `sitecustomize` is run after this one, as if this one did not exist.
 """
 
-import contextlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -23,6 +22,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
+WRITER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "record_exception.py")
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -108,8 +108,6 @@ class AfterImport(importlib.abc.MetaPathFinder):
 def record_exceptions(path: str) -> None:
     """Have the exception that ends this process written to `path`; whatever goes wrong with that is kept silent."""
     show = sys.excepthook
-    with contextlib.suppress(OSError):  # that the file exists says that exceptions are written down
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     def excepthook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         if issubclass(
@@ -118,7 +116,7 @@ def record_exceptions(path: str) -> None:
             show(kind, value, trace)
             return
         try:
-            spec = importlib.util.spec_from_file_location("exception_record", os.path.join(HERE, "exception_record.py"))
+            spec = importlib.util.spec_from_file_location("record_exception", WRITER)
             assert spec is not None
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
@@ -145,8 +143,6 @@ def run_next_sitecustomize() -> None:
 def install() -> None:
     where, _, budget = os.environ.get("GPUSUP_MEMORY_BUDGET", "").partition(":")
     limit = {"host": limit_host, "device": limit_device}.get(where)
-    if path := os.environ.get("GPUSUP_EXCEPTIONS"):
-        record_exceptions(path)
     if limit is not None:
         sys.meta_path.insert(0, AfterImport("torch", lambda torch: limit(torch, int(budget))))
 
@@ -154,3 +150,5 @@ def install() -> None:
 if __name__ == "sitecustomize":
     install()
     run_next_sitecustomize()
+    if path := os.environ.get("GPUSUP_EXCEPTIONS"):
+        record_exceptions(path)  # last: the system's own may set a hook, as Ubuntu's does

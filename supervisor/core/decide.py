@@ -99,7 +99,7 @@ def _while_running(state: State, policy: Policy, attempt: Attempt, now: float) -
         return _stop_request(attempt, "kill", "the memory budget did not take effect", now + KILL_GRACE_S)
     if attempt.hang is not None and not state.run.observe:
         why = f"no step for {attempt.hang.silent_s:.0f} s: it hangs"
-        return _stop_request(attempt, "terminate", why, now + TERMINATE_GRACE_S)
+        return _stop(state, policy, attempt, now, why)
     if policy.restore is None or state.run.observe:
         return None
     if state.probation is not None:

@@ -295,25 +295,42 @@ def _not_oom(evidence: Evidence, scene: Scene, signal: int | None) -> Diagnosis:
 
 def _of_exception(scene: Scene, final: Raised) -> tuple[DiagnosisKind, Cause]:
     texts = [raised.text for raised in scene.exceptions if raised.group == final.group]
-    return failures.of(texts) or (DiagnosisKind.ERROR, failures.of_error(texts))
+    told = failures.of(texts) or failures.of(scene.message_after(final))
+    if told is None and any(map(failures.STOPPED.search, texts)):
+        return DiagnosisKind.STOPPED, Cause.NONE
+    if told is None and scene.asserted and any("CUBLAS" in text or "CUDA error" in text for text in texts):
+        return DiagnosisKind.CUDA_CONTEXT, Cause.ASSERT
+    if told is not None and told[0] is DiagnosisKind.CUDA_CONTEXT:  # the kernel may have said why
+        said = failures.of(line.text for line in scene.lines)
+        return said if said is not None and said[0] is DiagnosisKind.GPU_LOST else told
+    return told or (DiagnosisKind.ERROR, failures.of_error(texts))
 
 
 def _of_lines(evidence: Evidence, scene: Scene, signal: int | None) -> tuple[DiagnosisKind, Cause] | None:
     """What lines outside every traceback tell, of which a run may only have been warned."""
     first = max(0, len(scene.lines) - LAST_LINES)
-    lines = [(at, line) for at, line in enumerate(scene.lines[first:], first) if line.role in ("text", "raised")]
+    lines = [
+        (at, line)
+        for at, line in enumerate(scene.lines[first:], first)
+        if line.role in ("text", "raised") and not (line.raised is not None and line.raised.secondary)
+    ]
     if evidence.text_only:
         lines = [(at, line) for at, line in lines if not scene.outlived(at)]
     texts = [line.text for _, line in lines]
     told = failures.of(texts)
     if told is not None:
         return told
-    if signal is None and any(map(failures.STOPPED.search, texts)):
-        return DiagnosisKind.STOPPED, Cause.NONE
+    if scene.asserted and any("CUBLAS" in text for text in texts):
+        return DiagnosisKind.CUDA_CONTEXT, Cause.ASSERT
     if signal is None and any(map(failures.CRASHED.search, texts)):
         return DiagnosisKind.SIGNAL, Cause.CRASH
+    if signal is None and any(map(failures.STOPPED.search, texts)):
+        return DiagnosisKind.STOPPED, Cause.NONE
     cause = failures.of_error(texts)
-    said = any(line.role == "raised" or failures.SAID.search(line.text) for _, line in lines[-LAST_WORDS:])
+    last = [line for _, line in lines[-LAST_WORDS:]]
+    said = any(
+        line.role == "raised" or failures.SAID.search(line.text) or failures.LAUNCHER.search(line.text) for line in last
+    )
     if signal is None and ((cause is not Cause.PROGRAM and scene.known) or (said and evidence.text_only)):
         return DiagnosisKind.ERROR, cause
     return None

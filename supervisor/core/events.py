@@ -245,10 +245,11 @@ class SoftOomDetected(Event, frozen=True, tag="soft_oom"):
 
 
 class GpuTrouble(Event, frozen=True, tag="gpu_trouble"):
-    """NVML says that the GPU is gone or must be reset, or that the driver was replaced under this process."""
+    """NVML says that the GPU is gone or must be reset, or that the driver was replaced under this process; none: it is
+    well again."""
 
     attempt: int
-    trouble: Literal["lost", "reset_required", "driver_replaced"]
+    trouble: Literal["lost", "reset_required", "driver_replaced", "none"]
 
 
 class AttemptEnded(Event, frozen=True, tag="attempt_ended"):

@@ -24,7 +24,12 @@ def _f(kind: DiagnosisKind, cause: Cause, *patterns: str) -> Failure:
 
 # Order matters: what is the cause of others stands before them.
 FAILURES: tuple[Failure, ...] = (
-    _f(_K.USER_INTERRUPT, Cause.NONE, r"^KeyboardInterrupt\b"),
+    _f(
+        _K.USER_INTERRUPT,
+        Cause.NONE,
+        r"^KeyboardInterrupt\b|SignalException: Process \d+ got signal: 2\b|Detected KeyboardInterrupt",
+        r"forrtl: error \(200\)",
+    ),
     _f(_K.DISK_FULL, Cause.NONE, r"No space left on device|[Dd]isk quota exceeded|unexpected pos \d+ vs \d+"),
     _f(
         _K.GPU_LOST,
@@ -42,7 +47,9 @@ FAILURES: tuple[Failure, ...] = (
         r"Found no NVIDIA driver|driver version is insufficient|CUDA driver initialization failed|CUDA-capable device",
         r"No CUDA GPUs are available|no kernel image is available|not compiled with CUDA|[Tt]orch not compiled with",
         r"invalid device ordinal|forward compatibility was attempted|Failed to initialize NVML",
-        r"NVIDIA driver .{0,40}too old",
+        r"NVIDIA driver .{0,40}too old|Unexpected error from cudaGetDeviceCount|CUDA Setup failed|CUDA_HOME",
+        r"torch\.cuda\.is_available\(\)\W{1,3}(?:is )?False|can only be used on CUDA|No supported gpu backend",
+        r"Unknown backend:? '?(?:gpu|cuda)|(?:CUDA|GPU)s? (?:is |are )?not available|Invalid CUDA 'device",
         r"CUDA unknown error - this may be due to an incorrectly set up environment",
     ),
     _f(_K.CUDA_CONTEXT, Cause.ASSERT, r"(?:CUDA|HIP) error: device-side assert|device-side assert triggered"),
@@ -65,16 +72,23 @@ FAILURES: tuple[Failure, ...] = (
         r"contains either `inf`, `nan`",
         r"(?:NaN|[Nn]an|Inf|[Ii]nf)(?: or (?:NaN|Inf|nan|inf))? (?:found|detected|encountered)",
         r"[Mm]inimum loss scale reached|loss scale already at minimum|loss[- ]scale.{0,40}below the minimum",
-        r"returned nan values|non[- ]?finite (?:loss|grad|norm|value)|(?:grad\w*|loss\w*|norm) .{0,60}not finite",
+        r"found NaN|invalid values:|Input (?:\w+ )?contains NaN|returned nan values",
+        r"non[- ]?finite (?:loss|grad|norm|value)|(?:grad\w*|loss\w*|norm) .{0,60}not finite",
         r"^FloatingPointError\b|found nan in|Nan loss|NaN loss",
     ),
-    _f(_K.SIGNAL, Cause.CRASH, r"exitcode\s{0,4}: -(?:4|6|7|8|11)\b"),
+    _f(
+        _K.SIGNAL,
+        Cause.CRASH,
+        r"(?:exitcode\s{0,4}:|return code =) -(?:4|7|8|11)\b|killed by signal: (?:Segm|Abort|Illegal|Floating)",
+    ),
+    _f(_K.ERROR, Cause.ARGUMENTS, r"EADDRINUSE|[Aa]ddress already in use"),
     _f(
         _K.DISTRIBUTED,
         Cause.TIMEOUT,
         r"Watchdog caught collective|detected by watchdog at work|Timeout at NCCL work",
         r"[Cc]ollective operation timeout|\b[Gg]loo\b.{0,200}[Tt]imeout|Socket Timeout",
     ),
+    _f(_K.SIGNAL, Cause.CRASH, r"(?:exitcode\s{0,4}:|return code =) -6\b"),  # a watchdog aborts on purpose
     _f(
         _K.DISTRIBUTED,
         Cause.PEER,
@@ -87,11 +101,12 @@ ERRORS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     (Cause.IMPORT, re.compile(r"^(?:ModuleNotFoundError|ImportError)\b")),
     (Cause.SYNTAX, re.compile(r"^(?:SyntaxError|IndentationError|TabError)\b")),
     (Cause.FILE_LIMIT, re.compile(r"Too many open files|received 0 items of ancdata")),
-    (Cause.MISSING_FILE, re.compile(r"^FileNotFoundError\b|No such file or directory")),
+    (Cause.MISSING_FILE, re.compile(r"^FileNotFoundError\b|No such file or directory|no file named .{1,200} found in")),
     (
         Cause.CHECKPOINT,
         re.compile(
-            r"in loading state_dict|state_dict.{0,80}(?:missing|unexpected|mismatch)|size mismatch for \S+: copying|"
+            r"loaded state dict contains|deserializing header|in loading state_dict|size mismatch for \S+: copying|"
+            r"state_dict.{0,80}(?:missing|unexpected|mismatch)|"
             r"PytorchStreamReader failed|(?:invalid|corrupt\w*) (?:checkpoint|magic number)"
         ),
     ),
@@ -99,7 +114,8 @@ ERRORS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
         Cause.COMPILER,
         re.compile(
             r"torch\._(?:inductor|dynamo)\.exc\.|InductorError|BackendCompilerFailed|CppCompileError|OutOfResources|"
-            r"out of resource: |triton\S{0,60}CompilationError|No working C\+\+ compiler|PassManager::run failed"
+            r"out of resource: |torch\._dynamo|triton\S{0,60}CompilationError|PassManager::run failed|"
+            r"No working C\+\+ compiler|Failed to find C compiler"
         ),
     ),
     (
@@ -110,7 +126,8 @@ ERRORS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
             r"Storage size calculation overflowed|could not be broadcast|[Ss]hape mismatch|"
             r"Expected input batch_size|doesn't match the broadcast shape|inhomogeneous shape|"
             r"Given groups=|expected .{0,60}(?:dimension|channels|shape|size)s?\b.{0,60}\b(?:got|but)\b|"
-            r"The size of tensor|[Ii]ncompatible shapes|[Dd]imension(?:s)? .{0,40}mismatch"
+            r"The size of tensor|different to the input size|per channel when training|to have the same shape|"
+            r"[Ii]ncompatible shapes|[Dd]imension(?:s)? .{0,40}mismatch"
         ),
     ),
     (
@@ -118,7 +135,8 @@ ERRORS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
         re.compile(
             r"JSONDecodeError|UnicodeDecodeError|Arrow(?:Invalid|TypeError)|DatasetGeneration|ParserError|"
             r"(?:sqlite3|psycopg2?)\.\w{0,30}Error|UnidentifiedImageError|BadZipFile|EOFError: Ran out of input|"
-            r"DataFilesNotFound|corrupt(?:ed)? (?:record|file|data|image|shard)"
+            r"DataFilesNotFound|UnpicklingError|(?:file|data|image)\b.{0,20}truncated|truncated file|"
+            r"corrupt(?:ed)? (?:record|file|data|image|shard)"
         ),
     ),
     (
@@ -132,7 +150,8 @@ ERRORS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
 
 STOPPED = re.compile(
     r"CANCELLED AT |DUE TO (?:TIME LIMIT|PREEMPTION)|^(?:\[\d{1,4}\]\S?\s{1,4})?Terminated\b|exit code 143\b|"
-    r"\bSIGTERM\b.{0,60}(?:received|caught|got)|(?:[Rr]eceived|[Cc]aught|[Gg]ot) (?:signal )?(?:SIGTERM|15\b)|"
+    r"\bSIGTERM\b.{0,60}(?:received|caught|got)|got signal: 15\b|SIGTERMException|"
+    r": line \d{1,6}:\s{1,4}\d{1,9} Terminated\b|(?:[Rr]eceived|[Cc]aught|[Gg]ot) (?:signal )?(?:SIGTERM|15\b)|"
     r"Received \d{1,3} death signal|TERM_(?:RUNLIMIT|OWNER|ADMIN|PREEMPT)|preempted"
 )
 """A scheduler or a person told it to leave."""
@@ -143,8 +162,17 @@ CRASHED = re.compile(
     r"^Fatal Python error: |double free or corruption|munmap_chunk\(\)|"
     r"Signal (?:4|6|7|8|11) \(SIG\w{3,4}\) received|terminate called (?:after|without)"
 )
-SAID = re.compile(r"^(?:\w{1,60}\.){0,8}\w{0,60}(?:Error|Exception|OutOfResources)\b")
+SAID = re.compile(r"^(?:\w{1,60}\.){0,8}\w{0,60}(?:Error|Exception|OutOfResources)\b(?! (?:ignored|in thread))")
 """An exception without its traceback, or what garbling left of one."""
+LAUNCHER = re.compile(
+    r"exits with return code = [1-9]|Exited with exit code [1-9]|: command not found|: can't open file '|execve\(\): |"
+    r"^\S{1,60}: error: |There are not enough slots|exitcode\s{0,4}: [1-9]"
+)
+"""A launcher says that what it started has failed."""
+DONE = re.compile(
+    r"[Tt]raining (?:is )?(?:complete|completed|finished|done)\b|exits successfully|`Trainer\.fit` stopped"
+)
+"""The program says that it has done what it should; other signs of an end also follow failures."""
 FINISHED = re.compile(
     r"[Tt]raining (?:is )?(?:complete|completed|finished|done)\b|exits successfully|`Trainer\.fit` stopped|"
     r"train_runtime|\bView run\b.{0,200}https?:|^(?!.{0,80}(?:oading|shards)).{0,80}100%\|.{0,60}\| (\d{1,9})/\1 |"

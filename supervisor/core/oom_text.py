@@ -136,7 +136,10 @@ _D, _H, _S, _K = (
     DiagnosisKind.HOST_OOM_SUSPECTED,
 )
 _SIZE = r"(\d[\d,]{0,24}(?:\.\d{0,9})?)\s{0,4}([Bb]ytes?|[KMGTPE]i?B|B|[KMGT](?![A-Za-z]))"
-_SHELL = r"^(?:\S{1,200}: line \d{1,9}:\s{1,4})?(?:\[\d{1,4}\][+-]?\s{1,4})?(?:\d{1,9}\s{1,4})?"
+_SHELL = (
+    r"(?:^|\d(?:it/s|s/it)\S{0,40}\])(?:\S{1,200}: line \d{1,9}:\s{1,4})?"
+    r"(?:\[\d{1,4}\][+-]?\s{1,4})?(?:\d{1,9}\s{1,4})?"
+)
 _EXC = r"(?:^|[\s:(])[\w.]{0,120}(?:Error|Exception): "
 
 # Order matters: the first wording found in a line speaks for it.
@@ -157,12 +160,17 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_D, r"cuda runtime error \(2\) ?: out of memory"),
     _w(_D, r"THCudaCheck FAIL file=\S{1,200} line=\d+ error=2 : out of memory", native=True),
     _w(_D, r"(?:cudaErrorMemoryAllocation|hipErrorOutOfMemory)\b[:,)]? ?\(?out of memory"),
-    _w(_D, r"cudaMalloc(?:Async| retry)? failed: out of memory"),
+    _w(_D, r"(?:cuda|hip)Malloc(?:Async| retry)? failed: out of memory", native=True),
+    _w(_D, r"kIOGPUCommandBufferCallbackErrorOutOfMemory", native=True),
+    _w(_D, r"(?:PI|UR_RESULT)_ERROR_OUT_OF_RESOURCES", strength="vague"),
+    _w(_D, r"Free memory on device .{0,80}is less than desired GPU memory|larger than the available KV cache memory"),
+    _w(_D, r"Dst tensor is not initialized"),
     _w(_D, r"CUDA failure 2: out of memory|error == cudaSuccess \(2 vs\. 0\) {1,4}out of memory"),
     _w(_D, r"Triton Error \[(?:CUDA|HIP|XPU)\]: out of memory"),
     _w(_D, r"NCCL WARN .{0,80}Cuda failure (?:2 )?'out of memory'", native=True),
     _w(_D, r"Cuda failure (?:2 )?'out of memory'", native=True),
     _w(_D, r"Failed to CUDA (?:host )?(?:calloc|malloc)(?: async)? \d", native=True),
+    _w(_D, r"Could not create cudnn handle: CUDNN_STATUS_ALLOC_FAILED", native=True),
     _w(_D, r"cu(?:DNN|FFT|RAND|SPARSE|SOLVER|solver|sparse|rand) error: \w{4,12}_(?:STATUS_)?ALLOC_FAILED"),
     _w(_D, r"\bCU(?:FFT|DNN|SOLVER)_(?:STATUS_)?ALLOC_FAILED"),
     _w(_D, r"CUBLAS_STATUS_ALLOC_FAILED", strength="vague"),
@@ -208,7 +216,7 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_S, r"(?:No space left on device|Cannot allocate memory).{0,80}(?:/dev/shm|\bshm\b)"),
     _w(_S, r"/dev/shm.{0,160}(?:No space left on device|Cannot allocate memory)"),
     _w(_H, r"unable to mmap \d+ bytes from file"),
-    _w(_H, r"\[WinError (?:8|1455)\]|\(os error 1455\)|\berror code: 1455\b"),
+    _w(_H, r"\[WinError (?:8|1455)\]|\(os error 1455\)|\berror code: <?1455\b"),
     _w(_H, r"\[Errno 12\]|Cannot allocate memory \(os error 12\)|: fork: Cannot allocate memory"),
     _w(_H, r"\bcc1plus: out of memory allocating|virtual memory exhausted: Cannot allocate", native=True),
     _w(_H, r"memory allocation of \d+ bytes failed", native=True),
@@ -221,6 +229,7 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_H, r"oom[-_]kill event", native=True),
     _w(_H, r"srun: error: .{1,120}: Out Of Memory", native=True),
     _w(_H, r"[Ee]xceeded (?:step |job |virtual )?memory limit\b|State: OUT_OF_MEMORY|TERM_MEMLIMIT", native=True),
+    _w(_H, r"gone over memory limit of", native=True),
     _w(_H, r"PBS: job killed: v?mem \d+kb exceeded limit", native=True),
     _w(_H, r"[Oo]ut of memory: Kill(?:ed)? process|oom-kill:constraint=|killed by the OOM killer", native=True),
     _w(_H, r"invoked oom-killer", native=True),
@@ -237,7 +246,8 @@ WORDINGS: tuple[Wording, ...] = (
     _w(_K, r"terminated with signal SIGKILL|died with <Signals\.SIGKILL", strength="vague"),
     _w(_K, r"fatal error: Killed signal terminated program", strength="vague"),
     _w(_K, rf"{_SHELL}Killed(?:\s{{2,}}\S|\s{{0,8}}$)", strength="vague"),
-    _w(_K, r"^zsh: killed\s", strength="vague"),
+    _w(_K, r"^zsh: killed\s|^srun: error: .{1,80}: Killed\s{0,8}$", strength="vague"),
+    _w(_K, r"process is killed by SIGKILL by OOM killer", strength="vague"),
     # A sentence of someone's own.
     _w(_D, r"\b(?:CUDA|cuda|GPU|HIP|XPU)\b.{0,24}\b(?:out of memory\b|OOM\b(?!\s?[:=]\s?0))", strength="mention"),
     _w(_D, r"\bOutOfMemoryError\b(?=$|: |\(['\"])", strength="mention"),
@@ -246,7 +256,7 @@ WORDINGS: tuple[Wording, ...] = (
 
 _HINT = re.compile(
     r"memory|alloc|killed|oom|bus error|sigkill|-9|abruptly|1455|NOT_SUPPORTED|NVML_SUCCESS|\bshm\b|NOT_INITIALIZED|"
-    r"buffer size|Errno 12|os error 12|WinError 8|memlimit|No space left|executable batch",
+    r"buffer size|Errno 12|os error 12|WinError 8|memlimit|No space left|executable batch|OUT_OF_RES|Dst tensor",
     re.IGNORECASE,
 )
 

@@ -4,29 +4,39 @@ import statistics
 from collections import deque
 
 SLOWEST_TIMES = 20
-"""Evaluating, saving and a reader that falls behind are part of the slowest step; a hang is something else."""
+"""A reader that falls behind, or a save, is part of the slowest step; a hang is something else."""
+LOOKS_EVERY_S = 60.0
+"""At least: after a longer gap the machine was asleep, or everything on it was stopped."""
 
 
 class Pace:
     """The steps of one attempt as they were seen; times are monotonic seconds."""
 
-    def __init__(self, hang_after_s: float, from_step: int, now: float) -> None:
+    def __init__(self, hang_after_s: float, now: float) -> None:
         """0 as `hang_after_s`: it never hangs."""
         self._hang_after_s = hang_after_s
-        self._from_step = self._step = from_step
-        self._stepped_at = now
+        self._count = 0
+        self._stepped_at = self._looked_at = now
         self._slowest_s = 0.0
 
-    def hangs_since(self, step: int, now: float) -> float | None:
-        """Seconds without a step, when that is a hang. Before its first step a trainer loads and compiles, or its steps
-        are not counted at all: nothing is said of it then."""
-        if step != self._step:
-            if self._step > self._from_step:
+    def hangs_since(self, count: int, now: float, patience: float = 1.0) -> float | None:
+        """Seconds without a step, when that is a hang. `count` changes with every step; `patience` is how many times as
+        long as usual it may take now.
+
+        Until the time between two steps was seen nothing is said: a trainer loads and compiles before its first, and
+        some tell only every hundredth.
+        """
+        if now - self._looked_at > LOOKS_EVERY_S:
+            self._stepped_at += now - self._looked_at
+        self._looked_at = now
+        if count != self._count:
+            if self._count:
                 self._slowest_s = max(self._slowest_s, now - self._stepped_at)
-            self._step, self._stepped_at = step, now
-        silent_s = now - self._stepped_at
-        counted = self._hang_after_s > 0 and self._step > self._from_step
-        return silent_s if counted and silent_s >= max(self._hang_after_s, SLOWEST_TIMES * self._slowest_s) else None
+            self._count, self._stepped_at = count, now
+        allowed_s = patience * max(self._hang_after_s, SLOWEST_TIMES * self._slowest_s)
+        if not self._hang_after_s or not self._slowest_s or now - self._stepped_at < allowed_s:
+            return None
+        return now - self._stepped_at
 
 
 USUAL_STEPS = 20

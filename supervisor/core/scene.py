@@ -7,7 +7,7 @@ a report and not a quotation, and nothing shows that the program caught the erro
 import re
 from typing import Literal, NamedTuple
 
-from .failures import FINISHED
+from .failures import DONE, FINISHED
 from .oom_text import (
     CONSEQUENCE,
     Wording,
@@ -29,14 +29,15 @@ class Anchor(NamedTuple):
 
 
 _PROGRESS = re.compile(
-    r"(?:^|[^\w/])(step|iter|iteration|epoch|batch|update)s?\W{0,4}(\d{1,9})\b|\b(\d{1,9})/\d{1,9} \[\d", re.IGNORECASE
+    r"(?:^|[^\w/])(step|iter|iteration|epoch|batch|update|trial)s?\W{0,4}(\d{1,9})\b|\b(\d{1,9})/\d{1,9} \[\d",
+    re.IGNORECASE,
 )
 _NOT_PROGRESS = re.compile(r"wandb|oading |checkpoint shards|batch size", re.IGNORECASE)
 _HANDLED = re.compile(
     r"[Ss]kipp?(?:ing|ed)? (?:this |the |current )?(?:batch|update|step|sample|micro)|attempting to recover|"
     r"[Rr]etry(?:ing)? (?:with|at|using)|(?:[Rr]educ|[Dd]ecreas|[Hh]alv|[Ll]ower)ing (?:the )?(?:micro[- ]?)?batch|"
     r"[Bb]atch size \d+ failed|[Ff]all(?:ing|s)? back|[Rr]ecovered from|, continuing|will be skipped|"
-    r"[Tt]rying batch size"
+    r"[Tt]rying batch size|Using batch-size \d|unloading all loaded models"
 )
 _SEGFAULTED = re.compile(r"exitcode\s{0,4}: -(?:4|6|7|8|11)\b")
 # Python's resource tracker takes a few megabytes: the kernel never chooses it, so its death means that all were killed.
@@ -104,7 +105,6 @@ class Scene:
         self.anchors = _anchors(self.lines)
         self.progress = _progress(self.lines)
         self.signal = signal
-        self.all_caught = evidence.all_caught
         self.known = evidence.exit.code is not None or evidence.exit.signal is not None
         self.asserted = any(_ASSERTED.search(line.text) for line in self.lines)
         self.torn_down = any(_TRACKER_DIED.search(line.text) for line in self.lines)
@@ -130,13 +130,17 @@ class Scene:
                 grown[word] = grown.get(word, 0) + 1
         return any(count >= need for count in grown.values())
 
+    def message_after(self, raised: Raised) -> list[str]:
+        """The further lines of an exception's message."""
+        return [line.text for line in _follow(self.lines, raised.index, 3)]
+
     def outlived(self, at: int) -> bool:
         """Whether the run went on, or said that it was finished, after line `at`."""
         line = self.lines[at]
         return self.went_on(at, line, 2) or any(FINISHED.search(later.text) for later in self.lines[at + 1 :])
 
     def handled_nearby(self, anchor: Anchor) -> bool:
-        around = self.lines[max(0, anchor.at - 3) : anchor.at + 5]
+        around = self.lines[max(0, anchor.at - 3) : anchor.at + 8]
         return any(_HANDLED.search(line.text) for line in around)
 
     def weigh(self, anchor: Anchor, failure_elsewhere: bool) -> Literal["yes", "suspected", "no"]:
@@ -151,6 +155,9 @@ class Scene:
             and (self.segfaulted or self.final is not None or self.torn_down)
         ):
             return "no"  # a launcher kills the rest of the ranks, or somebody the whole group
+        later = self.lines[anchor.at + 1 :]
+        if raised is None and not wording.native and any(DONE.search(more.text) for more in later):
+            return "no"
         if self.went_on(anchor.at, line, 3 if rooted else 2):
             # Bars of many ranks can look like steps, so an uncaught exception with no other in sight is not dismissed.
             return "suspected" if rooted and self.final is None and self.known and self.signal is None else "no"
@@ -167,12 +174,7 @@ class Scene:
         )  # fmt: skip
         if caught or wording.strength == "mention":
             return "no" if final is not None or not self.known or self.signal is not None else "suspected"
-        if (
-            self.signal in (1, 2, 9, 15)
-            and (not rooted or self.all_caught)
-            and not wording.native
-            and wording.strength == "hard"
-        ):
+        if self.signal in (1, 2, 9, 15) and not rooted and not wording.native and wording.strength == "hard":
             return "no"  # a killed process did not die of what its text says
         return "yes" if wording.strength == "hard" else "suspected"
 

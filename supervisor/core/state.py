@@ -285,7 +285,7 @@ def _evolve(state: State, event: AnyEvent) -> State:
         case SoftOomDetected():
             return state
         case GpuTrouble():
-            return replace(state, gpu_trouble=event.trouble)
+            return replace(state, gpu_trouble="" if event.trouble == "none" else event.trouble)
         case MemoryWaited():
             state, waited = replace(state, waiting_for_memory_s=None), state.last_remediation
             if event.enough or waited is None:

@@ -73,6 +73,7 @@ _SECONDARY = re.compile(r"^Exception ignored |^Error in (?:atexit|sys\.)|^Except
 _EXCEPTION = re.compile(
     r"^(?:\w{1,60}\.){0,8}\w{0,80}(?:Error|Exception|Interrupt|Exit|Killed|Failure|Stopped)\w{0,12}(?:\(|\s{0,2}:|\s{0,8}$)"
 )
+_NAMED = re.compile(r"^(?:\w{1,60}\.){0,8}[A-Z]\w{2,80}(?::\s|\s{0,2}$)")
 # Line numbers in front: rich's and IPython's way to show source.
 _GUTTER = re.compile(r"^[\s│┃|]{0,12}(?:❱\s{0,4}\d{1,6}\b|-{1,6}>\s{0,4}\d{1,6}\b|\d{1,6} [│┃]|\s{4,8}\d{1,6} )")
 _REPORT_KEYS = frozenset(
@@ -182,6 +183,10 @@ def _advance(reader: _Reader, told: Stripped, fresh: int) -> Role:
             return "source"
     if not exception and reader.open is not None and reader.open.frames and "Error" in text and text[:1].isalpha():
         exception = True  # ranks that wrote into one another
+    if not exception and reader.open is not None and reader.open.header and reader.open.frames:
+        # Not every exception has that in its name: StopIteration, Unsupported.
+        dedented = reader.indent is not None and reader.indent > len(text) - len(text.lstrip())
+        exception = dedented and _NAMED.match(text) is not None
     if exception:
         if reader.open is None:
             reader.open = Raised(

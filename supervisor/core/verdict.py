@@ -116,8 +116,6 @@ class Evidence(Struct, frozen=True, kw_only=True):
     trains_on: Literal["gpu", "host"] = "gpu"
     host_oom_kills: int = 0
     """How far the kernel's count of OOM kills in our cgroup rose during the attempt."""
-    all_caught: bool = False
-    """Python would have written down an uncaught exception, and has not: a traceback in the output was caught."""
     text_only: bool = False
     """Nothing but a log is known: a run that ended well, or still runs, is possible too."""
 

@@ -11,7 +11,7 @@ events = os.open(os.environ["GPUSUP_EVENTS"], os.O_WRONLY | os.O_APPEND | os.O_C
 def tell(kind, **fields): os.write(events, json.dumps({"kind": kind, **fields}).encode() + b"\\n")
 tell("start", protocol=1, pid=os.getpid(), step=0, target_steps=8)
 for step in range(1, 9):
-    time.sleep(0.02)
+    time.sleep(0.15)
     tell("step", step=step, loss=1.0)
     while step == 4 and WHEN:
         print("still here", flush=True)

@@ -45,13 +45,6 @@ FAILURES: dict[str, tuple[str, str, str]] = {
     "no GPU": (TORCH + "torch.zeros(1, device='cuda')", "no_gpu", ""),
     "out of memory": (TORCH + f"raise {EVERY_OOM}", "device_oom", "own_growth"),
     "own exit status": ("import sys\nsys.exit(3)", "error", "program"),
-    "traceback printed by the program, then killed": (
-        TORCH
-        + f"import os, sys, traceback\ntry:\n    raise {EVERY_OOM}\nexcept Exception:\n    traceback.print_exc()\n"
-        "for i in range(9): print('iter', i, flush=True)\nos.kill(os.getpid(), 15)",
-        "stopped",
-        "",
-    ),
 }
 
 

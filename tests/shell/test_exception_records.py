@@ -42,9 +42,11 @@ class Python:
     def run(self, script: str, recorded: bool, **more: str) -> tuple[int, str, str]:
         path = self.folder / "script.py"
         path.write_text(script)
+        after = more.pop("PATH_AFTER", "")
         environment = {**os.environ, **more}
         if recorded:
-            environment |= {"PYTHONPATH": str(BOOT), "GPUSUP_EXCEPTIONS": str(self.folder / "exceptions.jsonl")}
+            search = os.pathsep.join(filter(None, (str(BOOT), after)))
+            environment |= {"PYTHONPATH": search, "GPUSUP_EXCEPTIONS": str(self.folder / "exceptions.jsonl")}
         child = subprocess.Popen(
             [sys.executable, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -107,9 +109,37 @@ def test_of_several_ranks_the_one_out_of_memory_counts(python: Python) -> None:
     python.run("raise ConnectionError('Connection closed by peer')", recorded=True, RANK="0")
     python.run("raise RuntimeError('CUDA out of memory')", recorded=True, RANK="3")
     python.run("raise ConnectionError('Connection closed by peer')", recorded=True, RANK="1")
-    failure = python.failure()
+    failure = read_failure(python.folder, os.getpid())  # the launcher's
     assert failure is not None
     assert (failure.rank, failure.message) == (3, "CUDA out of memory")
+
+
+def test_helper_of_a_rank_is_no_rank(python: Python) -> None:
+    helper = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'raise MemoryError'])\n"
+    python.run(helper + "raise ValueError('the cause')", recorded=True, RANK="0")
+    lines = [json.loads(line) for line in (python.folder / "exceptions.jsonl").read_text().splitlines()]
+    assert [(line["type"], line["rank"]) for line in lines] == [("MemoryError", None), ("ValueError", 0)]
+
+
+def test_hook_that_the_systems_own_sitecustomize_sets_is_called_too(python: Python) -> None:
+    """Ubuntu's reports crashes."""
+    (python.folder / "theirs").mkdir()
+    (python.folder / "theirs" / "sitecustomize.py").write_text(
+        "import sys\nbefore = sys.excepthook\nsys.excepthook = lambda *told: (print('theirs'), before(*told))\n"
+    )
+    _, out, err = python.run(ENDS["value error"], True, PATH_AFTER=str(python.folder / "theirs"))
+    assert out == "theirs\n"
+    assert err.endswith("ValueError: no such thing\n")
+    failure = python.failure()
+    assert failure is not None
+    assert failure.type == "ValueError"
+
+
+def test_message_that_is_no_text_is_kept_as_far_as_it_is(python: Python) -> None:
+    python.run("raise ValueError('a\\udcffb')", recorded=True)
+    failure = python.failure()
+    assert failure is not None
+    assert failure.message == "a?b"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def write(path: str, kind: type[BaseException], value: BaseException, trace: Tra
         "pid": os.getpid(),
         "rank": _rank(),
         "type": f"{kind.__module__}.{kind.__qualname__}" if kind.__module__ != "builtins" else kind.__qualname__,
-        "message": str(value)[:MESSAGE_CHARS],
+        "message": str(value)[:MESSAGE_CHARS].encode("utf-8", "replace").decode(),
         "frames": _frames(trace)[-FRAMES:],
         "allocator": _allocator(),
     }
@@ -51,6 +51,13 @@ def _frames(trace: TracebackType | None) -> list[tuple[str, str, str]]:
 
 
 def _rank() -> int | None:
+    """Of a rank; what a rank starts inherits its number, and is none."""
+    try:
+        with open(f"/proc/{os.getppid()}/environ", "rb") as parent:
+            if any(entry.startswith((b"RANK=", b"LOCAL_RANK=")) for entry in parent.read().split(b"\0")):
+                return None
+    except OSError:
+        pass
     text = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or ""
     return int(text) if text.isdigit() else None
 
