@@ -157,6 +157,7 @@ class Life:
         free: int | None = None,
         at_least: int | None = None,
         block_size: int | None = None,
+        cause: str = "",
     ) -> list[AnyEvent]:
         """It runs out of memory, on another request each time unless `request` is given."""
         request = request if request is not None else GIB + 16 * MIB * len(self.events)
@@ -168,6 +169,7 @@ class Life:
                 message="out of memory",
                 phase=phase,
                 block_size=block_size,
+                cause=cause,
                 numbers=OomNumbers(tried_to_allocate_bytes=request, free_bytes=free),
                 at_least_bytes=at_least,
                 foreign_bytes=foreign,
