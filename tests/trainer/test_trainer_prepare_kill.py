@@ -23,7 +23,8 @@ SHARD = ROOT / "data" / "prose" / "000_00000.parquet"
 DEADLINE_S = 120
 # The command, but with small tasks, each made durable: whatever the moment, there is something to continue.
 OFTEN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, the tests may ignore it
 from gpusup.trainer import preparation, prepare, sources
 sources.BATCH_BYTES = preparation.TASK_BYTES = 1 << 15
 preparation.COMMIT_EVERY_S = 0.0
