@@ -138,8 +138,8 @@ class AttemptWatch:
 
     def _sample_host(self) -> None:
         """At 10 Hz; the kernel keeps the maximum, so only the last tenth of a second can be missed."""
-        self._in_use_bytes = host.resident_bytes(self.process.pid) or self._in_use_bytes
-        peak = host.peak_resident_bytes(self.process.pid)
+        resident, peak = host.resident_and_peak_bytes(self.process.pid)
+        self._in_use_bytes = resident or self._in_use_bytes
         if peak is not None:
             self._host_peak_bytes = max(peak, self._host_peak_bytes or 0)
 

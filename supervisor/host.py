@@ -1,23 +1,32 @@
 """Facts about this machine and a process on it, from /proc. What cannot be observed is None, never zero."""
 
+import os
 from pathlib import Path
 
 
-def peak_resident_bytes(pid: int) -> int | None:
-    """The kernel's own high-water mark of the process's resident memory (VmHWM): kept by the kernel, not sampled."""
-    return _status_bytes(pid, "VmHWM:")
-
-
 def resident_bytes(pid: int) -> int | None:
-    return _status_bytes(pid, "VmRSS:")
+    return resident_and_peak_bytes(pid)[0]
 
 
-def _status_bytes(pid: int, key: str) -> int | None:
+def resident_and_peak_bytes(pid: int) -> tuple[int | None, int | None]:
+    """Of the process's resident memory, what it is and its high-water mark (VmHWM), which the kernel keeps: it is not
+    sampled. One read for both, because it is made ten times a second."""
     try:
-        with Path(f"/proc/{pid}/status").open() as f:
-            return next((int(line.split()[1]) * 1024 for line in f if line.startswith(key)), None)
-    except (OSError, ValueError):
-        return None
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None, None
+    try:
+        status = os.read(fd, 8192)
+    except OSError:
+        return None, None
+    finally:
+        os.close(fd)
+    return _kilobytes(status, b"VmRSS:"), _kilobytes(status, b"VmHWM:")
+
+
+def _kilobytes(status: bytes, key: bytes) -> int | None:
+    at = status.find(key)
+    return None if at < 0 else int(status[at + len(key) :].split(None, 1)[0]) * 1024
 
 
 def data_limit_bytes(pid: int) -> int | None:
