@@ -192,7 +192,7 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
     if state.gpu_trouble in GPU_GONE:
         why = f"{GPU_GONE[state.gpu_trouble]}; no setting helps. See to it, then `gpusup resume` goes on"
         return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
-    if attempt.stop is not None and attempt.oom is None:  # it left because it was told to
+    if attempt.stop is not None and attempt.oom is None and attempt.hang is None:  # it left because it was told to
         return _plan(state, policy)
     if attempt.exit == ExitStatus() and attempt.oom is None:
         return _unseen_end(state, policy, attempt)
@@ -205,10 +205,10 @@ def _after_attempt(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
             attempt=attempt.n,
             lever=state.probation.lever,
             changes=inverse(state.probation.changes),
-            because="it did not fit" if attempt.oom is not None else attempt.message or "it failed on probation",
+            because=_why_reverted(attempt),
             next_wait_steps=round(wait),
         )
-    if _transient(state, attempt):
+    if attempt.hang is not None or _transient(state, attempt):
         return _plan(state, policy)
     if attempt.oom is not None and _covered(state, attempt):
         return _remediation(state, policy, attempt)
@@ -228,6 +228,12 @@ def _unseen_end(state: State, policy: Policy, attempt: Attempt) -> AnyEvent:
         why = "twice in a row nobody saw how the trainer ended, and it got no further; `gpusup resume` tries again"
         return Finished(result="stopped", exit_code=EXIT_STOPPED, why=why)
     return _plan(state, policy)
+
+
+def _why_reverted(attempt: Attempt) -> str:
+    if attempt.oom is not None:
+        return "it did not fit"
+    return "it hung" if attempt.hang is not None else attempt.message or "it failed on probation"
 
 
 def _hung_before(state: State, attempt: Attempt) -> bool:

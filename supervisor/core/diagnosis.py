@@ -1,8 +1,4 @@
-"""Why an attempt ended: exit status, output and kernel counters in, one verdict out.
-
-Text proves nothing while a process lives, and little after it: a wording counts only if the attempt failed, the line is
-a report and not a quotation, and nothing shows that the program caught the error and went on.
-"""
+"""Why an attempt ended: exit status, output and kernel counters in, one verdict out; facts go before words."""
 
 import re
 from typing import Literal

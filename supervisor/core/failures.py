@@ -174,9 +174,8 @@ DONE = re.compile(
 )
 """The program says that it has done what it should; other signs of an end also follow failures."""
 FINISHED = re.compile(
-    r"[Tt]raining (?:is )?(?:complete|completed|finished|done)\b|exits successfully|`Trainer\.fit` stopped|"
-    r"train_runtime|\bView run\b.{0,200}https?:|^(?!.{0,80}(?:oading|shards)).{0,80}100%\|.{0,60}\| (\d{1,9})/\1 |"
-    r"[Rr]un (?:complete|finished)",
+    rf"{DONE.pattern}|[Rr]un (?:complete|finished)|train_runtime|\bView run\b.{{0,200}}https?:|"
+    r"^(?!.{0,80}(?:oading|shards)).{0,80}100%\|.{0,60}\| (\d{1,9})/\1 "
 )
 
 

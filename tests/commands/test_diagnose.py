@@ -13,7 +13,7 @@ from program import ROOT, Gpusup
 GIB = 1 << 30
 OOM = """iter 672: loss 3.1, time 20ms
 Traceback (most recent call last):
-  File "/work/train.py", line 90, in <module>
+  File "train.py", line 90, in <module>
     scaler.scale(loss).backward()
   File "/env/torch/_tensor.py", line 5, in backward
     torch.autograd.backward(self)

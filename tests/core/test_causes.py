@@ -4,8 +4,9 @@ import pytest
 from gpusup.supervisor.core.decide import EXIT_NO_PROGRESS, EXIT_STOPPED
 from gpusup.supervisor.core.events import Finished, GpuTrouble, HangDetected, OomDetected
 from gpusup.supervisor.core.oom_cause import cause_of
+from gpusup.supervisor.core.policy import Restore
 from gpusup.supervisor.core.verdict import OomNumbers
-from lives import GIB, SMALLER, START, Life, created, kinds, policy, story
+from lives import COMPILE_OFF, GIB, SMALLER, START, Life, created, kinds, policy, story
 
 
 def life() -> Life:
@@ -105,3 +106,17 @@ def test_settings_that_ran_before_and_fail_while_resuming_fail_by_loading() -> N
     assert cause_of(oom(500), told.state, None, False) == "resume"
     told.steps(501)
     assert cause_of(oom(501), told.state, None, False) == "own_growth"
+
+
+def test_speedup_on_probation_that_hangs_is_taken_back() -> None:
+    told = Life(created(policy(COMPILE_OFF, SMALLER, restore=Restore(after_steps=100))))
+    told.steps(50)
+    told.saved(50)
+    told.oom()
+    told.oom()
+    told.restores(150)
+    assert (told.batch, told.attempt.settings["compile"]) == ("8x6", True)
+    told.steps(160)
+    told.tell(HangDetected(attempt=told.n, step=160, silent_s=1800.0))
+    told.saved(160)
+    assert story(told.left()) == ["back: compile on -> off"]
